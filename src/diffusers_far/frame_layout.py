@@ -1,0 +1,139 @@
+"""How the frames of one forward split into long-term and short-term tokens, and which of them see which.
+
+FAR orders tokens frame by frame: first the long-term frames (few tokens each), then the short-term ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FrameLayout:
+    """Frame and token counts of one token sequence `[long-term frames | short-term frames]`.
+
+    Args:
+        num_long_frames: frames with `long_tokens` tokens each (0 for the base model).
+        num_short_frames: frames with `short_tokens` tokens each.
+        long_tokens: tokens of a long-term frame.
+        short_tokens: tokens of a short-term frame.
+    """
+
+    num_long_frames: int
+    num_short_frames: int
+    long_tokens: int
+    short_tokens: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.num_long_frames + self.num_short_frames
+
+    @property
+    def num_long_tokens(self) -> int:
+        return self.num_long_frames * self.long_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_long_tokens + self.num_short_frames * self.short_tokens
+
+    def per_token(self, per_frame: Tensor) -> Tensor:
+        """Repeat `[F]` values of the frames to `[N]` values of their tokens."""
+        long, short = per_frame[: self.num_long_frames], per_frame[self.num_long_frames :]
+        return torch.cat(
+            [long.repeat_interleave(self.long_tokens), short.repeat_interleave(self.short_tokens)]
+        )
+
+    def modulate(self, function: Callable[..., Tensor], tokens: Tensor, *per_frame: Tensor) -> Tensor:
+        """Apply `function(tokens [B, F, T, D], *per_frame [B, F, 1, D])` to `tokens` `[B, N, D]`.
+
+        The values of a frame are broadcast over its tokens instead of being repeated in memory.
+        """
+        if self.num_long_frames == 0:
+            frames = tokens.unflatten(1, (self.num_short_frames, self.short_tokens))
+            return function(frames, *(value.unsqueeze(2) for value in per_frame)).flatten(1, 2)
+        num_long, split = self.num_long_frames, self.num_long_tokens
+        long = tokens[:, :split].unflatten(1, (num_long, self.long_tokens))
+        long = function(long, *(value[:, :num_long].unsqueeze(2) for value in per_frame)).flatten(1, 2)
+        if self.num_short_frames == 0:
+            return long
+        short = tokens[:, split:].unflatten(1, (self.num_short_frames, self.short_tokens))
+        short = function(short, *(value[:, num_long:].unsqueeze(2) for value in per_frame)).flatten(1, 2)
+        return torch.cat([long, short], dim=1)
+
+
+def split_frames(num_frames: int, short_window: int | None) -> tuple[int, int]:
+    """Counts of (long-term, short-term) frames: the last `short_window` frames are short-term, None
+    means all.
+    """
+    num_short = num_frames if short_window is None else min(num_frames, short_window)
+    return num_frames - num_short, num_short
+
+
+def patchify(frames: Tensor, patch: int) -> Tensor:
+    """Features `[B, F * H/p * W/p, C * p * p]` of frames `[B, F, C, H, W]`, in the order (C, p, p)."""
+    batch_size, num_frames, channels, height, width = frames.shape
+    rows, columns = height // patch, width // patch
+    grid = frames.reshape(batch_size, num_frames, channels, rows, patch, columns, patch)
+    return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Frames `[B, F, C, height, width]` of features `[B, F * H/p * W/p, C * p * p]`."""
+    batch_size, channels = tokens.shape[0], tokens.shape[2] // patch**2
+    grid = tokens.reshape(batch_size, -1, height // patch, width // patch, channels, patch, patch)
+    return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch_size, -1, channels, height, width)
+
+
+def token_coordinates(frame_positions: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
+    """RoPE coordinates (frame, row, column) of the tokens of some frames.
+
+    Args:
+        frame_positions: `[F]` positions of the frames in the video; fractions interpolate.
+        height, width: token grid of a frame.
+        stride: distance between neighbouring tokens in units of the short-term grid, so that a coarse
+            long-term grid shares the coordinates of the fine one (section 3.3 of the paper).
+
+    Returns:
+        `[F * height * width, 3]` float coordinates.
+    """
+    device = frame_positions.device
+    rows = torch.arange(height, device=device, dtype=torch.float32) * stride
+    columns = torch.arange(width, device=device, dtype=torch.float32) * stride
+    return torch.cartesian_prod(frame_positions.float(), rows, columns)
+
+
+def attention_mask(
+    layout: FrameLayout,
+    frame_positions: Tensor,
+    context_positions: Tensor | None,
+    flex_rope_slope: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Frame-causal mask with FlexRoPE's temporal decay.
+
+    A token sees the tokens of its own and of earlier frames. With a slope, its logits get
+    `-slope * (query frame - key frame)` on top (FlexRoPE).
+
+    Args:
+        layout: of the frames that ask, which are also seen.
+        frame_positions: `[F]` their positions in the video.
+        context_positions: `[Nc]` frame of each token in the cache, or None.
+        flex_rope_slope: decay per frame, 0 or more.
+        dtype: dtype of the bias.
+
+    Returns:
+        `[1, 1, Nq, Nk]`: True where a key is seen if the slope is 0, else the bias to add to the logits. One
+        frame alone has one row (Nq is 1) for all its tokens.
+    """
+    query_positions = key_positions = layout.per_token(frame_positions)
+    if context_positions is not None:
+        key_positions = torch.cat([context_positions, key_positions])
+    if layout.num_frames == 1:
+        query_positions = query_positions[:1]
+    distance = query_positions[:, None] - key_positions[None, :]
+    if flex_rope_slope == 0:
+        return (distance >= 0)[None, None]
+    bias = distance.to(dtype) * -flex_rope_slope
+    return bias.masked_fill(distance < 0, float("-inf"))[None, None]

@@ -1,0 +1,168 @@
+"""What users pass to the pipeline, turned into tensors, or into an error that names the argument."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor
+
+Labels = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
+
+_VIDEO_FORMS = (
+    "a [B, T, 3, H, W] or [T, 3, H, W] tensor in [0, 1], a [B, T, H, W, 3] or [T, H, W, 3] array (uint8, or "
+    "float in [0, 1]), a PIL image, a list of PIL images or of such lists, or the path of a video file"
+)
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """Frames of a video or animated image file, `[T, H, W, 3]` uint8, decoded with PyAV."""
+    import av  # heavy, and needed for files only
+
+    if not Path(path).is_file():
+        raise ValueError(f"video={str(path)!r} is not a file")
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"video={str(path)!r} cannot be read as a video: {error}") from error
+    if not frames:
+        raise ValueError(f"video={str(path)!r} has no frames")
+    return np.stack(frames)
+
+
+def video_tensor(video: Any, height: int | None, width: int | None) -> Tensor:
+    """`[B, T, 3, H, W]` float frames in [0, 1] of any form of video that the pipeline takes.
+
+    Frames of another size are resized to cover `height` x `width` and cropped at the centre.
+    """
+    if isinstance(video, str | Path):
+        video = read_video(video)
+    if isinstance(video, Image.Image):
+        video = [video]
+    if isinstance(video, list | tuple) and video and all(isinstance(frame, Image.Image) for frame in video):
+        video = [video]
+    if (
+        isinstance(video, list | tuple)
+        and video
+        and all(isinstance(frames, list | tuple) for frames in video)
+    ):
+        if len({len(frames) for frames in video}) > 1:
+            raise ValueError(
+                f"video has videos of {[len(frames) for frames in video]} frames; they must be equally long"
+            )
+        video = np.stack([_stack_images(frames) for frames in video])
+    if isinstance(video, np.ndarray):
+        video = _array_tensor(video)
+    if not isinstance(video, Tensor):
+        raise ValueError(f"video is a {type(video).__name__}; it takes {_VIDEO_FORMS}")
+    if video.ndim == 4:
+        video = video.unsqueeze(0)
+    if video.ndim != 5 or video.shape[2] != 3 or video.shape[1] == 0:
+        raise ValueError(f"video has shape {tuple(video.shape)}; it takes {_VIDEO_FORMS}")
+    if not video.is_floating_point():
+        raise ValueError(
+            f"video is a tensor of {video.dtype}; tensors are float in [0, 1] (uint8 is for arrays)"
+        )
+    check_finite("video", video)
+    if video.min() < 0 or video.max() > 1:
+        raise ValueError(f"video has values from {video.min():.3g} to {video.max():.3g}; it takes [0, 1]")
+    return _resize(video.float(), height or video.shape[-2], width or video.shape[-1])
+
+
+def _stack_images(images: Sequence[Image.Image]) -> np.ndarray:
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(
+            f"video holds {sorted({type(image).__name__ for image in images})}; it takes {_VIDEO_FORMS}"
+        )
+    if len({image.size for image in images}) > 1:
+        raise ValueError(
+            f"video has images of sizes {sorted({image.size for image in images})}; they must be equal"
+        )
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+
+
+def _array_tensor(array: np.ndarray) -> Tensor:
+    if array.ndim not in (4, 5) or array.shape[-1] != 3:
+        raise ValueError(f"video is an array of shape {array.shape}; it takes {_VIDEO_FORMS}")
+    frames = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, -3)
+    return frames.float() / 255 if array.dtype == np.uint8 else frames
+
+
+def _resize(video: Tensor, height: int, width: int) -> Tensor:
+    if video.shape[-2:] == (height, width):
+        return video
+    # Through PIL: it filters properly when it shrinks, which tensors in diffusers' image processor do not.
+    images = VideoProcessor.numpy_to_pil(video.flatten(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+    resizer = VideoProcessor(do_normalize=False, vae_scale_factor=1)
+    frames = resizer.preprocess(images, height, width, resize_mode="crop")
+    return frames.unflatten(0, video.shape[:2])
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise a ValueError unless `value` is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be an int of at least {minimum}")
+
+
+def check_number(name: str, value: Any, takes: str) -> None:
+    """Raise a ValueError unless `value` is finite and not negative."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} must be {takes}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError when a tensor holds NaN or infinite values."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{name} holds {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite"
+        )
+
+
+def label_tensor(
+    name: str, labels: Labels | None, num_labels: int | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """Class labels `[B]` or actions `[B, F]`, checked, with -1 for the null condition.
+
+    Args:
+        name: the argument, for errors.
+        labels: what the user gave; a missing batch dimension is filled in.
+        num_labels: labels that the model knows; None if it takes none.
+        shape: (B,) or (B, F).
+        device: of the result.
+    """
+    if labels is None:
+        return None
+    if num_labels is None:
+        raise ValueError(f"{name} is given, but this model takes none; pass None")
+    try:
+        values = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={labels!r} cannot be read as integers of shape {list(shape)}") from error
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {values.dtype}; it takes integers")
+    if values.ndim == len(shape) - 1:
+        values = values.expand(shape[0], *values.shape)
+    if tuple(values.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; it takes {list(shape)}, or {list(shape[1:])} for all"
+        )
+    values = values.to(device=device, dtype=torch.long)
+    if values.numel() and (int(values.min()) < -1 or int(values.max()) > num_labels):
+        raise ValueError(
+            f"{name} has values from {int(values.min())} to {int(values.max())}; it takes 0 to "
+            f"{num_labels - 1}, or -1 or {num_labels} for the null condition"
+        )
+    return values
+
+
+def num_videos(labels: Labels | None, ndim: int) -> int:
+    """How many videos labels of `ndim` dimensions per video speak of; 1 if they do not say."""
+    if labels is None:
+        return 1
+    shape = labels.shape if isinstance(labels, Tensor | np.ndarray) else np.shape(labels)
+    return shape[0] if len(shape) > ndim else 1

@@ -1,0 +1,447 @@
+"""FARTransformer3DModel: the frame-autoregressive video transformer of arXiv 2503.19325.
+
+Dimensions: B batch, F frames, C latent channels, H x W latent grid, N tokens, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .frame_layout import FrameLayout, attention_mask, patchify, split_frames, token_coordinates, unpatchify
+from .kv_cache import FARCache, LayerCache
+from .single_file import FARSingleFileMixin
+
+RotaryEmbedding = tuple[Tensor, Tensor]
+
+
+@dataclass
+class FARTransformer3DModelOutput(BaseOutput):
+    """Output of [`FARTransformer3DModel`].
+
+    Args:
+        sample: `[B, F, C, H, W]` velocity (noise minus latents) of the short-term frames.
+    """
+
+    sample: Tensor
+
+
+def _scale_shift(hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
+class FARAdaLayerNorm(nn.Module):
+    """LayerNorm whose shift, scale and gate come from the condition of each frame (computed once per
+    frame).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 3 * dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, tokens: Tensor, condition: Tensor, layout: FrameLayout) -> tuple[Tensor, Tensor]:
+        shift, scale, gate = self.linear(condition).chunk(3, dim=-1)  # each [B, F, D]
+        return layout.modulate(_scale_shift, self.norm(tokens), scale, shift), gate
+
+
+class FARAdaLayerNormOut(nn.Module):
+    """Last norm: scale and shift, in this order, and no gate."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, tokens: Tensor, condition: Tensor, layout: FrameLayout) -> Tensor:
+        scale, shift = self.linear(condition).chunk(2, dim=-1)
+        return layout.modulate(_scale_shift, self.norm(tokens), scale, shift)
+
+
+class FARAttnProcessor:
+    """Joint attention of long-term and short-term tokens over the context in the cache and themselves."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "FARAttention",
+        hidden_states: Tensor,
+        image_rotary_emb: RotaryEmbedding,
+        num_long_tokens: int = 0,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        query, key, value = attn.project(hidden_states, num_long_tokens)  # each [B, N, heads, head_dim]
+        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.project_out(hidden_states.flatten(2, 3).to(query.dtype), num_long_tokens)
+
+
+class FARAttention(nn.Module, AttentionModuleMixin):
+    """Attention with RMS-normalised queries and keys and own projections for long-term tokens.
+
+    Args:
+        dim: D.
+        heads, dim_head: attention heads and their channels; `heads * dim_head == dim`.
+        long_context: give long-term tokens projections of their own (section 3.3).
+        long_context_out: whether the long-term tokens are read after this layer; False in the last one.
+    """
+
+    _default_processor_cls = FARAttnProcessor
+    _available_processors = [FARAttnProcessor]
+    processor: Callable[..., Tensor]
+    to_qkv: nn.Linear  # these two are made by fuse_projections
+    to_added_qkv: nn.Linear
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, long_context: bool = False, long_context_out: bool = True
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim_head
+        self.use_bias = True
+        self.added_proj_bias = True
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim_head, eps=1e-6)
+        self.norm_k = nn.RMSNorm(dim_head, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.long_context = long_context
+        self.to_add_out = nn.Linear(dim, dim) if long_context and long_context_out else None
+        if long_context:
+            self.add_q_proj = nn.Linear(dim, dim)
+            self.add_k_proj = nn.Linear(dim, dim)
+            self.add_v_proj = nn.Linear(dim, dim)
+            self.norm_added_q = nn.RMSNorm(dim_head, eps=1e-6)
+            self.norm_added_k = nn.RMSNorm(dim_head, eps=1e-6)
+        self.processor = self._default_processor_cls()
+
+    def project(self, hidden_states: Tensor, num_long_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[B, N, heads, head_dim]` of tokens `[B, N, D]`."""
+        if num_long_tokens == 0:
+            return self._project_short(hidden_states)
+        long = self._project_long(hidden_states[:, :num_long_tokens])
+        short = self._project_short(hidden_states[:, num_long_tokens:])
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(long, short, strict=True))
+        return query, key, value
+
+    def _project_short(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fused = self.to_qkv(tokens).chunk(3, dim=-1) if self.fused_projections else None
+        projected = fused or (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
+        return self.norm_q(query), self.norm_k(key), value
+
+    def _project_long(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fused = self.to_added_qkv(tokens).chunk(3, dim=-1) if self.fused_projections else None
+        projected = fused or (self.add_q_proj(tokens), self.add_k_proj(tokens), self.add_v_proj(tokens))
+        query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
+        return self.norm_added_q(query), self.norm_added_k(key), value
+
+    def project_out(self, hidden_states: Tensor, num_long_tokens: int) -> Tensor:
+        """Output projection `[B, N, D]`; long-term tokens pass as they are where nothing reads them
+        any more.
+        """
+        if num_long_tokens == 0:
+            return self.to_out[0](hidden_states)
+        long, short = hidden_states[:, :num_long_tokens], hidden_states[:, num_long_tokens:]
+        if self.to_add_out is not None:
+            long = self.to_add_out(long)
+        return torch.cat([long, self.to_out[0](short)], dim=1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        image_rotary_emb: RotaryEmbedding,
+        num_long_tokens: int = 0,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        return self.processor(self, hidden_states, image_rotary_emb, num_long_tokens, attention_mask, cache)
+
+
+class FARTransformerBlock(nn.Module):
+    """AdaLN attention and AdaLN MLP, both gated per frame."""
+
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, long_context: bool, long_context_out: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = FARAdaLayerNorm(dim)
+        self.attn = FARAttention(dim, heads, dim_head, long_context, long_context_out)
+        self.norm2 = FARAdaLayerNorm(dim)
+        self.ff = FeedForward(dim=dim, dim_out=dim, activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        layout: FrameLayout,
+        image_rotary_emb: RotaryEmbedding,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        normed, gate = self.norm1(hidden_states, condition, layout)
+        attended = self.attn(normed, image_rotary_emb, layout.num_long_tokens, attention_mask, cache)
+        hidden_states = hidden_states + layout.modulate(torch.mul, attended, gate)
+        normed, gate = self.norm2(hidden_states, condition, layout)
+        return hidden_states + layout.modulate(torch.mul, self.ff(normed), gate)
+
+
+class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingleFileMixin, AttentionMixin):
+    """Frame-autoregressive video transformer, base and Long (arXiv 2503.19325).
+
+    Every frame has its own noise level and sees itself and the frames before it. The Long model gives the
+    frames before the last `short_window` fewer, coarser tokens (long short-term context, section 3.3).
+
+    Args:
+        patch_size: latent pixels per side of a short-term token.
+        long_patch_size: latent pixels per side of a long-term token; None makes the base model, 4 is
+            published.
+        in_channels: C of the latents.
+        out_channels: channels of the velocity; None means `in_channels`.
+        num_layers, num_attention_heads, attention_head_dim: size; D is heads times head channels.
+        axes_dims_rope: channels of a head given to frame, row and column; they sum to `attention_head_dim`.
+        num_classes: classes of a class-conditional model (one label per video).
+        num_actions: actions of an action-conditional model (one action per frame, the one that led to it).
+        short_window: short-term frames of a Long model, the frame being denoised included.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["FARTransformerBlock"]
+    _repeated_blocks = ["FARTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
+    _skip_keys = ["cache"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        long_patch_size: int | None = None,
+        in_channels: int = 32,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        axes_dims_rope: tuple[int, int, int] = (16, 24, 24),
+        num_classes: int | None = None,
+        num_actions: int | None = None,
+        short_window: int = 16,
+    ) -> None:
+        super().__init__()
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope={tuple(axes_dims_rope)} sums to {sum(axes_dims_rope)}; it must sum to "
+                f"attention_head_dim={attention_head_dim}"
+            )
+        if long_patch_size is not None and long_patch_size % patch_size:
+            raise ValueError(
+                f"long_patch_size={long_patch_size} must be a multiple of patch_size={patch_size}"
+            )
+        dim = num_attention_heads * attention_head_dim
+        is_long = long_patch_size is not None
+        self.out_channels = out_channels or in_channels
+        self.x_embedder = nn.Linear(in_channels * patch_size**2, dim)
+        self.context_embedder = nn.Linear(in_channels * long_patch_size**2, dim) if long_patch_size else None
+        self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=1)
+        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
+        self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.action_embedder = nn.Embedding(num_actions + 1, dim) if num_actions else None
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        self.transformer_blocks = nn.ModuleList(
+            FARTransformerBlock(dim, num_attention_heads, attention_head_dim, is_long, index < num_layers - 1)
+            for index in range(num_layers)
+        )
+        self.norm_out = FARAdaLayerNormOut(dim)
+        self.proj_out = nn.Linear(dim, self.out_channels * patch_size**2)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
+        # Every block starts as the identity and the model predicts zero.
+        norms = [
+            module for module in self.modules() if isinstance(module, FARAdaLayerNorm | FARAdaLayerNormOut)
+        ]
+        for linear in [self.proj_out, *(norm.linear for norm in norms)]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether old frames become long-term tokens."""
+        return self.config.long_patch_size is not None
+
+    @property
+    def short_window(self) -> int | None:
+        """Short-term frames of a Long model, the denoised one included; None for a base model."""
+        return self.config.short_window if self.is_long else None
+
+    def tokens_per_frame(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens of a (long-term, short-term) frame of `height` x `width` latent pixels."""
+        short = (height // self.config.patch_size) * (width // self.config.patch_size)
+        if not self.is_long:
+            return 0, short
+        return (height // self.config.long_patch_size) * (width // self.config.long_patch_size), short
+
+    def create_cache(
+        self, batch_size: int, height: int, width: int, device: torch.device | str | None = None
+    ) -> FARCache:
+        """An empty cache for `batch_size` sequences of frames of `height` x `width` latent pixels."""
+        config, (long_tokens, short_tokens) = self.config, self.tokens_per_frame(height, width)
+        shape = (config.num_layers, batch_size, config.num_attention_heads, config.attention_head_dim)
+        return FARCache(*shape, short_tokens, long_tokens, self.dtype, device or self.device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        actions: Tensor | None = None,
+        cache: FARCache | None = None,
+        flex_rope_slope: float = 0.0,
+        rope_interpolation: float = 1.0,
+        num_long_frames: int | None = None,
+        frame_positions: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FARTransformer3DModelOutput | tuple[Tensor]:
+        """Velocity of the short-term frames.
+
+        Args:
+            hidden_states: `[B, F, C, H, W]` latents, oldest frame first.
+            timestep: `[B, F]` noise levels in [0, 1000], -1 for a clean frame.
+            class_labels: `[B]` classes; negative or `num_classes` is the null condition, as is None.
+            actions: `[B, F]` actions, the one that led to each frame; null as for `class_labels`.
+            cache: context that all frames see; read only, but the frames' own keys and values are left in its
+                scratch, where `cache.append` can make them context.
+            flex_rope_slope: temporal decay of FlexRoPE per frame of distance; 0 is plain RoPE.
+            rope_interpolation: frame positions are divided by this ratio in RoPE.
+            num_long_frames: how many leading frames are long-term. By default those before the last
+                `short_window` for a Long model without a cache, else none.
+            frame_positions: `[F]` position of each frame in the video; by default they follow the cache.
+            return_dict: return a [`FARTransformer3DModelOutput`] instead of a tuple.
+
+        Returns:
+            `sample` `[B, F - num_long_frames, out_channels, H, W]`.
+        """
+        num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
+        if num_long_frames is None:
+            num_long_frames = 0 if cache is not None else split_frames(num_frames, self.short_window)[0]
+        layout = FrameLayout(
+            num_long_frames, num_frames - num_long_frames, *self.tokens_per_frame(height, width)
+        )
+        if frame_positions is None:
+            first = 0 if cache is None else cache.next_frame
+            frame_positions = torch.arange(first, first + num_frames, device=hidden_states.device)
+
+        tokens = self.embed_frames(hidden_states, layout)
+        condition = self.embed_condition(timestep, class_labels, actions, layout)
+        rotary = self.pos_embed(
+            self.token_coordinates(frame_positions / rope_interpolation, height, width, layout)
+        )
+        mask = None  # one frame sees the whole context and itself
+        if num_frames > 1 or flex_rope_slope > 0:
+            context_positions = None if cache is None else cache.key_positions(hidden_states.device)
+            mask = attention_mask(layout, frame_positions, context_positions, flex_rope_slope, tokens.dtype)
+        if cache is not None:
+            cache.reserve(layout.num_tokens)
+
+        for index, block in enumerate(self.transformer_blocks):
+            layer_cache = None if cache is None else cache.layers[index]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(
+                    block, tokens, condition, layout, rotary, mask, layer_cache
+                )
+            else:
+                tokens = block(tokens, condition, layout, rotary, mask, layer_cache)
+
+        short = FrameLayout(0, layout.num_short_frames, layout.long_tokens, layout.short_tokens)
+        tokens, condition = tokens[:, layout.num_long_tokens :], condition[:, num_long_frames:]
+        tokens = self.proj_out(self.norm_out(tokens, condition, short))
+        sample = unpatchify(tokens, self.config.patch_size, height, width)
+        return FARTransformer3DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def embed_frames(self, hidden_states: Tensor, layout: FrameLayout) -> Tensor:
+        """Tokens `[B, N, D]` of frames `[B, F, C, H, W]`, long-term frames first."""
+        num_long = layout.num_long_frames
+        if num_long == 0:
+            return self.x_embedder(patchify(hidden_states, self.config.patch_size))
+        if self.context_embedder is None:
+            raise ValueError(
+                f"num_long_frames={num_long}: a base model (long_patch_size=None) has only short-term frames"
+            )
+        long = patchify(hidden_states[:, :num_long], self.config.long_patch_size)
+        short = patchify(hidden_states[:, num_long:], self.config.patch_size)
+        return torch.cat([self.context_embedder(long), self.x_embedder(short)], dim=1)
+
+    def embed_condition(
+        self, timestep: Tensor, class_labels: Tensor | None, actions: Tensor | None, layout: FrameLayout
+    ) -> Tensor:
+        """What modulates each frame, `[B, F, D]`: timestep, class and action, after the SiLU all
+        AdaLN share.
+        """
+        # A long-term frame carries twice its timestep: -2 where a clean short-term one has -1 (section 3.3).
+        num_long = layout.num_long_frames
+        timestep = torch.cat([timestep[:, :num_long] * 2, timestep[:, num_long:]], dim=1)
+        projected = self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
+        embedded = self.timestep_embedder(projected)
+        if class_labels is not None and self.class_embedder is None:
+            raise ValueError("class_labels given to a model without classes (num_classes=None)")
+        if actions is not None and self.action_embedder is None:
+            raise ValueError("actions given to a model without actions (num_actions=None)")
+        if self.class_embedder is not None:
+            embedded = embedded + self._embed_labels(self.class_embedder, class_labels, embedded[:, :1])
+        if self.action_embedder is not None:
+            embedded = embedded + self._embed_labels(self.action_embedder, actions, embedded)
+        return nn.functional.silu(embedded)
+
+    @staticmethod
+    def _embed_labels(embedder: nn.Embedding, labels: Tensor | None, like: Tensor) -> Tensor:
+        # The last row of the table is the null condition.
+        null = embedder.num_embeddings - 1
+        if labels is None:
+            labels = torch.full(like.shape[:2], null, device=like.device)
+        labels = labels.reshape(like.shape[:2])
+        return embedder(torch.where(labels < 0, null, labels))
+
+    def token_coordinates(
+        self, frame_positions: Tensor, height: int, width: int, layout: FrameLayout
+    ) -> Tensor:
+        """RoPE coordinates `[N, 3]`: both grids in units of short-term tokens."""
+        num_long, patch = layout.num_long_frames, self.config.patch_size
+        short = token_coordinates(frame_positions[num_long:], height // patch, width // patch)
+        if num_long == 0:
+            return short
+        long_patch = self.config.long_patch_size
+        grid = (height // long_patch, width // long_patch)
+        long = token_coordinates(frame_positions[:num_long], *grid, stride=long_patch // patch)
+        return torch.cat([long, short])
