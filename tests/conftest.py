@@ -1,0 +1,50 @@
+"""Settings and fixtures of all tests. None needs the network; those that need CUDA are marked `gpu`."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REFERENCE = REPOSITORY.parent / "shared" / "reference"
+
+# Before torch and huggingface_hub are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Command lines under test find the package even where it is not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root folder."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Inputs, weights and outputs of the published system on small random models."""
+    return _reference_folder("golden")
+
+
+@pytest.fixture(scope="session")
+def checkpoints_dir() -> Path:
+    """Names and shapes of every tensor in the published files (`published.json`, `tensors_*.json`)."""
+    return _reference_folder("checkpoints")
+
+
+def _reference_folder(name: str) -> Path:
+    folder = REFERENCE / name
+    if not folder.is_dir():
+        pytest.skip(f"no reference data beside the checkout: shared/reference/{name}")
+    return folder

@@ -1,0 +1,246 @@
+"""FARCache: what its verbs keep, forget and refuse, and what it costs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusers_far import FARCache
+from tests.tiny_models import GRID, latents, long_transformer, max_error, transformer
+
+LAYERS, BATCH, HEADS, HEAD_DIM = 2, 3, 2, 4
+
+
+def make_cache(short_tokens: int = 4, long_tokens: int = 2, block_tokens: int = 16) -> FARCache:
+    return FARCache(
+        LAYERS, BATCH, HEADS, HEAD_DIM, short_tokens, long_tokens, dtype=torch.float32, block_tokens=block_tokens
+    )
+
+
+def write(cache: FARCache, long: list[int], short: list[int]) -> None:
+    """What a forward over these frames does: each token's key is its frame, its value minus that."""
+    sizes = [(frame, cache.long_tokens) for frame in long] + [(frame, cache.short_tokens) for frame in short]
+    marks = torch.cat([torch.full((size,), float(frame)) for frame, size in sizes])
+    key = marks[None, :, None, None].expand(BATCH, -1, HEADS, HEAD_DIM)
+    cache.reserve(len(marks))
+    for layer in cache.layers:
+        layer.extend(key, -key)
+
+
+def add(cache: FARCache, long: tuple[int, ...] = (), short: tuple[int, ...] = ()) -> None:
+    write(cache, list(long), list(short))
+    cache.append(long, short)
+
+
+def assert_holds(cache: FARCache, long: set[int], short: set[int]) -> None:
+    """Bookkeeping and buffers of all layers agree, and hold these frames."""
+    assert (set(cache.long_frames), set(cache.short_frames)) == (long, short)
+    assert cache.num_frames == len(long) + len(short)
+    assert cache.num_tokens == len(long) * cache.long_tokens + len(short) * cache.short_tokens
+    positions = cache.key_positions(torch.device("cpu"))
+    assert positions.shape == (cache.num_tokens,)
+    for layer in cache.layers:
+        assert layer.num_tokens == cache.num_tokens
+        expected = positions.float()[None, :, None, None].expand(BATCH, -1, HEADS, HEAD_DIM)
+        assert torch.equal(layer.keys[:, : layer.num_tokens], expected)
+        assert torch.equal(layer.values[:, : layer.num_tokens], -expected)
+
+
+def test_a_new_cache_is_empty() -> None:
+    cache = make_cache()
+    assert_holds(cache, set(), set())
+    assert (cache.next_frame, cache.num_bytes) == (0, 0)
+
+
+def test_append_keeps_both_levels() -> None:
+    cache = make_cache()
+    add(cache, long=(0, 1), short=(2,))
+    add(cache, short=(3, 4))
+    assert_holds(cache, {0, 1}, {2, 3, 4})
+    assert cache.next_frame == 5
+    assert cache.key_positions(torch.device("cpu")).tolist() == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 4 + [4] * 4
+
+
+def test_scratch_is_not_context() -> None:
+    cache = make_cache()
+    add(cache, short=(0,))
+    write(cache, [], [7, 8])
+    assert_holds(cache, set(), {0})
+    add(cache, short=(1,))  # overwrites the scratch
+    assert_holds(cache, set(), {0, 1})
+
+
+def test_extend_returns_context_and_new_tokens() -> None:
+    cache = make_cache()
+    add(cache, short=(5,))
+    cache.reserve(1)
+    new = torch.ones(BATCH, 1, HEADS, HEAD_DIM)
+    keys, values = cache.layers[1].extend(new, 2 * new)
+    assert keys[0, :, 0, 0].tolist() == [5, 5, 5, 5, 1]
+    assert values[0, :, 0, 0].tolist() == [-5, -5, -5, -5, 2]
+
+
+def test_long_frames_cannot_follow_short_ones() -> None:
+    cache = make_cache()
+    add(cache, long=(0,), short=(1, 2))
+    with pytest.raises(ValueError, match=r"long_frames=\[1\].*clear_short"):
+        cache.append([1])
+    assert_holds(cache, {0}, {1, 2})
+    cache.clear_short()
+    add(cache, long=(1,))
+    add(cache, short=(2,))
+    assert_holds(cache, {0, 1}, {2})
+
+
+@pytest.mark.parametrize("frame", [3, 4, 5, 6])
+def test_drop_short(frame: int) -> None:
+    cache = make_cache()
+    add(cache, long=(0, 1), short=(3, 4, 5, 6))
+    cache.drop_short(frame)
+    assert_holds(cache, {0, 1}, {3, 4, 5, 6} - {frame})
+
+
+@pytest.mark.parametrize("frame", [0, 1, 2])
+def test_drop_long(frame: int) -> None:
+    cache = make_cache()
+    add(cache, long=(0, 1, 2))
+    cache.drop_long(frame)
+    assert_holds(cache, {0, 1, 2} - {frame}, set())
+
+
+def test_drop_long_needs_a_cleared_window() -> None:
+    cache = make_cache()
+    add(cache, long=(0, 1), short=(2,))
+    with pytest.raises(ValueError, match=r"frame=0.*clear_short"):
+        cache.drop_long(0)
+    assert_holds(cache, {0, 1}, {2})
+
+
+@pytest.mark.parametrize("level", ["long", "short"])
+def test_drop_names_a_frame_that_is_not_there(level: str) -> None:
+    cache = make_cache()
+    add(cache, **{level: (0, 1)})
+    with pytest.raises(ValueError, match=r"frame=9 is not in the cache, which holds \[0, 1\]"):
+        getattr(cache, f"drop_{level}")(9)
+    assert_holds(cache, *(({0, 1}, set()) if level == "long" else (set(), {0, 1})))
+
+
+def test_many_drops_and_appends_stay_consistent() -> None:
+    cache, kept = make_cache(), {0, 1, 2, 3}
+    add(cache, short=(0, 1, 2, 3))
+    generator = torch.Generator().manual_seed(0)
+    for frame in range(4, 60):
+        leaving = sorted(kept)[int(torch.randint(len(kept), (), generator=generator))]
+        cache.drop_short(leaving)
+        add(cache, short=(frame,))
+        kept = (kept - {leaving}) | {frame}
+        assert_holds(cache, set(), kept)
+    assert cache.layers[0].keys.shape[1] == 16  # never grew
+
+
+def test_reset_and_clear_keep_the_buffers() -> None:
+    cache = make_cache()
+    add(cache, long=(0, 1), short=(2,))
+    num_bytes, buffer = cache.num_bytes, cache.layers[0].keys
+    cache.clear_short()
+    assert_holds(cache, {0, 1}, set())
+    cache.reset()
+    assert_holds(cache, set(), set())
+    assert cache.next_frame == 0
+    add(cache, long=(0,))
+    assert_holds(cache, {0}, set())
+    assert cache.num_bytes == num_bytes and cache.layers[0].keys is buffer
+
+
+def test_buffers_grow_in_blocks_and_keep_the_context() -> None:
+    cache, sizes = make_cache(block_tokens=16), []
+    for frame in range(13):
+        add(cache, short=(frame,))
+        assert_holds(cache, set(), set(range(frame + 1)))
+        sizes.append(cache.layers[0].keys.shape[1])
+    assert sizes == [16] * 4 + [32] * 4 + [48] * 4 + [64]
+    assert cache.num_bytes == LAYERS * 2 * BATCH * 64 * HEADS * HEAD_DIM * 4
+
+
+def test_a_lone_level_may_be_empty() -> None:
+    cache = make_cache(long_tokens=0)
+    add(cache, short=(0, 1))
+    cache.drop_short(0)
+    cache.drop_short(1)
+    assert_holds(cache, set(), set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_long_frame(dtype: torch.dtype) -> None:
+    """What a frame of long-term memory costs: keys and values of its few tokens, in each layer."""
+    model = long_transformer().to(dtype)
+    cache = model.create_cache(1, GRID, GRID)
+    long_tokens, short_tokens = model.tokens_per_frame(GRID, GRID)
+    assert (long_tokens, short_tokens) == (4, 64)
+    num_frames = cache.block_tokens // long_tokens  # fill one block exactly
+    video = latents(1, num_frames).to(dtype)
+    with torch.no_grad():
+        model(video, torch.full((1, num_frames), -1.0), cache=cache, num_long_frames=num_frames)
+    cache.append(range(num_frames))
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    assert cache.num_bytes == num_frames * 2 * config.num_layers * long_tokens * width * dtype.itemsize
+
+
+@torch.no_grad()
+def next_frame(model: torch.nn.Module, video: Tensor, cache: FARCache | None) -> Tensor:
+    timestep = torch.full((2, video.shape[1]), -1.0)
+    timestep[:, -1] = 300.0
+    if cache is None:
+        return model(video, timestep).sample[:, -1:]
+    return model(video[:, -1:], timestep[:, -1:], cache=cache).sample
+
+
+def test_a_forward_does_not_change_the_context() -> None:
+    model, video = transformer(), latents(2, 6)
+    cache = model.create_cache(2, GRID, GRID)
+    with torch.no_grad():
+        model(video[:, :5], torch.full((2, 5), -1.0), cache=cache)
+    cache.append(short_frames=range(5))
+    before = [layer.keys[:, : layer.num_tokens].clone() for layer in cache.layers]
+    first, second = (next_frame(model, video, cache) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(
+        torch.equal(layer.keys[:, : layer.num_tokens], kept)
+        for layer, kept in zip(cache.layers, before, strict=True)
+    )
+    assert max_error(first, next_frame(model, video, None)) <= 1e-5
+
+
+def test_the_order_of_frames_in_a_level_is_free() -> None:
+    """Keys carry their position, so dropping may fill a hole with the last frame."""
+    model, video = transformer(num_layers=1), latents(2, 6)
+    results = []
+    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
+        cache = model.create_cache(2, GRID, GRID)
+        for frame in order:
+            with torch.no_grad():
+                model(
+                    video[:, frame : frame + 1],
+                    torch.full((2, 1), -1.0),
+                    cache=cache,
+                    frame_positions=torch.tensor([frame]),
+                )
+            cache.append(short_frames=[frame])
+        results.append(next_frame(model, video, cache))
+    assert max_error(*results) <= 1e-5
+
+
+def test_cached_frames_one_by_one_or_together_are_the_same() -> None:
+    model, video = transformer(), latents(2, 6)
+    caches = [model.create_cache(2, GRID, GRID) for _ in range(2)]
+    with torch.no_grad():
+        for pieces, cache in zip(([1] * 5, [2, 3]), caches, strict=True):
+            start = 0
+            for size in pieces:
+                frames = video[:, start : start + size]
+                model(frames, torch.full((2, size), -1.0), cache=cache)
+                cache.append(short_frames=range(start, start + size))
+                start += size
+    results = [next_frame(model, video, cache) for cache in caches]
+    assert max_error(*results) <= 1e-5
+    assert max_error(results[0], next_frame(model, video, None)) <= 1e-5

@@ -1,0 +1,355 @@
+"""Rollout: the cache changes nothing but the time, memory stays constant, and the steps are the sampler."""
+
+import gc
+import itertools
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from diffusers_far import ContextSchedule, FARTransformer3DModel, Rollout
+from tests.tiny_models import GRID, latents, long_transformer, max_error, noise, transformer
+
+BATCH, STEPS = 2, 3
+
+
+def make_rollout(model: FARTransformer3DModel, num_context: int = 3, **settings: Any) -> Rollout:
+    """A rollout of two videos that returns latents; conditions are set as far as the model takes them."""
+    conditions: dict[str, Any] = {}
+    if model.config.num_classes:
+        conditions["class_labels"] = torch.tensor([1, 3])
+    if model.config.num_actions:
+        conditions["context_actions"] = action_table(num_context)
+    settings = {"num_inference_steps": STEPS} | conditions | settings
+    return Rollout(
+        model, FlowMatchEulerDiscreteScheduler(), lambda frame: frame, latents(BATCH, num_context), **settings
+    )
+
+
+def action_table(num_frames: int) -> Tensor:
+    """Actions `[B, F]`, null ones among them."""
+    return (torch.arange(num_frames) * 3 + torch.arange(BATCH)[:, None]) % 5 - 1
+
+
+def continue_rollout(rollout: Rollout, num_new: int) -> Tensor:
+    """New latents `[B, num_new, C, h, w]`, from the same noise each time."""
+    made = []
+    for index in range(num_new):
+        frame = rollout.num_frames
+        action = action_table(frame + 1)[:, -1] if rollout.transformer.config.num_actions else None
+        made.append(rollout.step_latents(action, noise(*latents(BATCH, 1).shape, seed=100 + index)))
+    return torch.cat(made, dim=1)
+
+
+def roll(model: FARTransformer3DModel, num_context: int = 3, num_new: int = 5, **settings: Any) -> Tensor:
+    return continue_rollout(make_rollout(model, num_context, **settings), num_new)
+
+
+MODELS = {
+    "base": lambda: transformer(),
+    "base-classes": lambda: transformer(num_classes=5),
+    "base-actions": lambda: transformer(num_actions=4),
+    "long": lambda: long_transformer(),
+    "long-classes": lambda: long_transformer(num_classes=5),
+    "long-actions": lambda: long_transformer(num_actions=4),
+    "long-both": lambda: long_transformer(num_classes=5, num_actions=4),
+    "base-patch-2": lambda: transformer(patch_size=2, num_actions=4),
+    "long-patch-2": lambda: long_transformer(patch_size=2, num_actions=4),
+    "long-window-1": lambda: long_transformer(short_window=1, num_actions=4),
+}
+CONDITIONAL = [name for name in MODELS if name not in ("base", "long")]
+SETTINGS = [
+    {},
+    {"flex_rope_slope": 0.4},
+    {"rope_interpolation": 2.5},
+    {"flex_rope_slope": 0.4, "rope_interpolation": 2.5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "slope", "interpolation", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_changes_nothing(name: str, settings: dict[str, Any]) -> None:
+    model = MODELS[name]()
+    cached, uncached = (roll(model, **settings, use_cache=use_cache) for use_cache in (True, False))
+    assert max_error(cached, uncached) <= 1e-5
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 0.5, 2.0])
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_the_cache_changes_nothing_with_guidance(name: str, guidance_scale: float) -> None:
+    model = MODELS[name]()
+    cached, uncached = (
+        roll(model, guidance_scale=guidance_scale, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert max_error(cached, uncached) <= 1e-5
+    assert max_error(cached, roll(model)) > 1e-3  # guidance does something
+
+
+@pytest.mark.parametrize(
+    ("name", "num_context"), [("base-actions", 0), ("long-actions", 0), ("long-actions", 75), ("base-patch-2", 70)]
+)
+def test_the_cache_changes_nothing_for_any_length_of_context(name: str, num_context: int) -> None:
+    """None, and more than a chunk of long-term frames (64) or of short-term ones (32)."""
+    model = MODELS[name]()
+    cached, uncached = (
+        roll(model, num_context, num_new=2, use_cache=use_cache, flex_rope_slope=0.01)
+        for use_cache in (True, False)
+    )
+    assert max_error(cached, uncached) <= 1e-5
+
+
+@torch.no_grad()
+def naive_rollout(
+    model: FARTransformer3DModel, num_context: int, num_new: int, guidance_scale: float
+) -> Tensor:
+    """The sampler written down once more, from the paper: no cache, no classes of ours."""
+    video = latents(BATCH, num_context)
+    labels = torch.tensor([1, 3]) if model.config.num_classes else None
+    for index in range(num_new):
+        num_frames = num_context + index + 1
+        actions = action_table(num_frames) if model.config.num_actions else None
+        frame = noise(*video[:, :1].shape, seed=100 + index)
+        sigmas = [*torch.linspace(1000, 1, STEPS).div(1000).tolist(), 0.0]
+        for sigma, next_sigma in itertools.pairwise(sigmas):
+            timestep = torch.full((BATCH, num_frames), -1.0)
+            timestep[:, -1] = 1000 * sigma
+            frames = torch.cat([video, frame], dim=1)
+            velocity = model(frames, timestep, labels, actions).sample[:, -1:]
+            null = model(frames, timestep).sample[:, -1:]
+            velocity = null + guidance_scale * (velocity - null)
+            frame = frame + (next_sigma - sigma) * velocity
+        video = torch.cat([video, frame], dim=1)
+    return video[:, num_context:]
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 1, 2])
+@pytest.mark.parametrize("name", ["base-classes", "long-actions", "long-classes"])
+def test_a_rollout_is_the_sampler_of_the_paper(name: str, guidance_scale: int) -> None:
+    model = MODELS[name]()
+    expected = naive_rollout(model, 3, 4, guidance_scale)
+    assert max_error(roll(model, 3, 4, guidance_scale=guidance_scale), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("level", ["long", "short"])
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_corrupt_cache_changes_the_result(level: str, part: str) -> None:
+    """Each cached frame is used: otherwise the tests above would prove nothing."""
+    model = long_transformer()
+    healthy = make_rollout(model, num_context=6)
+    expected = continue_rollout(healthy, 1)
+    frames = healthy.cache.long_frames if level == "long" else healthy.cache.short_frames
+    for slot in range(len(frames)):
+        rollout = make_rollout(model, num_context=6)
+        rollout._encode_context()
+        cache = rollout.cache
+        size = cache.long_tokens if level == "long" else cache.short_tokens
+        start = slot * size + (0 if level == "long" else len(cache.long_frames) * cache.long_tokens)
+        getattr(cache.layers[0], part)[:, start : start + size] += 1.0
+        assert max_error(continue_rollout(rollout, 1), expected) > 1e-4
+
+
+SCHEDULES = {
+    "window": ("base-actions", ContextSchedule(max_short_frames=3)),
+    "window-of-one": ("base-actions", ContextSchedule(max_short_frames=1)),
+    "window-and-sinks": ("base-actions", ContextSchedule(max_short_frames=4, num_sink_frames=2)),
+    "long-memory": ("long-actions", ContextSchedule(max_long_frames=2)),
+    "long-memory-and-sinks": ("long-actions", ContextSchedule(max_long_frames=3, num_sink_frames=1)),
+    "no-long-memory": ("long-actions", ContextSchedule(max_long_frames=0)),
+    "narrow-window": ("long-actions", ContextSchedule(max_short_frames=2)),
+    "everything": (
+        "long-both",
+        ContextSchedule(max_short_frames=3, max_long_frames=2, num_sink_frames=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=["plain", "slope"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_dropped_frames_leave_no_trace_in_one_layer(name: str, settings: dict[str, Any]) -> None:
+    """In a model of one layer a frame's keys do not depend on what it saw, so dropping is exact."""
+    model_name, schedule = SCHEDULES[name]
+    options = {"num_classes": 5} if model_name == "long-both" else {}
+    make = transformer if model_name.startswith("base") else long_transformer
+    model = make(num_layers=1, num_actions=4, **options)
+    settings = settings | {"context_schedule": schedule}
+    cached, uncached = (
+        roll(model, 5, 6, **settings, guidance_scale=2, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert max_error(cached, uncached) <= 1e-5
+    assert max_error(cached, roll(model, 5, 6, **SETTINGS[0], guidance_scale=2)) > 1e-4
+
+
+def test_a_bound_that_is_not_reached_changes_nothing() -> None:
+    model = long_transformer(num_actions=4)
+    schedule = ContextSchedule(max_short_frames=10, max_long_frames=50, num_sink_frames=3)
+    assert torch.equal(roll(model, context_schedule=schedule), roll(model))
+
+
+def test_a_schedule_without_long_memory_ignores_old_frames() -> None:
+    """Any layers: a Long model's window is encoded anew, so only the window matters."""
+    model = long_transformer(num_actions=4)
+    rollouts = [
+        make_rollout(model, 6, context_schedule=ContextSchedule(max_long_frames=bound)) for bound in (0, None)
+    ]
+    results = []
+    for rollout in rollouts:
+        before = continue_rollout(rollout, 1)
+        rollout._start[0][:, :3] += 1.0  # frames 0 to 2 are long-term for frame 6
+        rollout.reset()
+        results.append(max_error(continue_rollout(rollout, 1), before))
+    assert results[0] == 0
+    assert results[1] > 1e-4
+
+
+def count_tensors() -> tuple[int, int]:
+    """Live tensors and their bytes."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) is Tensor]
+    return len(alive), sum(tensor.nbytes for tensor in alive)
+
+
+@pytest.mark.parametrize(
+    ("long", "num_frames", "schedule"),
+    [
+        (True, 2000, ContextSchedule(max_long_frames=6, num_sink_frames=1)),
+        (False, 400, ContextSchedule(max_short_frames=4, num_sink_frames=1)),
+    ],
+    ids=["long", "base"],
+)
+def test_a_bounded_rollout_runs_in_constant_memory(
+    long: bool, num_frames: int, schedule: ContextSchedule
+) -> None:
+    size = {"num_layers": 1, "num_attention_heads": 1, "patch_size": 4, "num_actions": 4}
+    model = transformer(**size, **({"long_patch_size": 8, "short_window": 3} if long else {}))
+    rollout = make_rollout(model, 1, num_inference_steps=1, context_schedule=schedule)
+    state = []
+    for frame in range(num_frames + 1):
+        if frame == num_frames * 3 // 4:
+            tracemalloc.start()
+        if frame in (num_frames // 4, num_frames):
+            state.append((rollout.cache.num_bytes, len(rollout._latents), len(rollout._actions)))
+            state[-1] += count_tensors()
+        if frame == num_frames * 3 // 4 + 20:
+            traced = tracemalloc.get_traced_memory()[0]
+        rollout.step(frame % 4)
+    grown = tracemalloc.get_traced_memory()[0] - traced
+    tracemalloc.stop()
+    assert state[0] == state[1]
+    assert grown < 20_000, f"{grown} bytes"  # one object kept per frame would be more
+    assert rollout.num_frames == num_frames + 2
+    assert torch.isfinite(rollout.step(0)).all()
+
+
+def test_an_unbounded_long_rollout_keeps_pixels_of_its_window_only() -> None:
+    rollout = make_rollout(long_transformer(num_actions=4), 10)
+    continue_rollout(rollout, 3)
+    assert sorted(rollout._latents) == [9, 10, 11, 12]
+    assert rollout.cache.long_frames == list(range(9))
+    assert sorted(rollout.cache.short_frames) == [9, 10, 11]
+
+
+def test_reset_goes_back_to_the_context() -> None:
+    rollout = make_rollout(long_transformer(num_actions=4), 3)
+    first = continue_rollout(rollout, 5)
+    assert rollout.num_frames == 8
+    rollout.reset()
+    assert rollout.num_frames == 3
+    assert torch.equal(continue_rollout(rollout, 5), first)
+
+
+def test_reset_does_not_rewind_the_generator() -> None:
+    rollout = make_rollout(transformer(), generator=torch.Generator().manual_seed(0))
+    first = rollout.step()
+    rollout.reset()
+    assert max_error(rollout.step(), first) > 0.1
+
+
+def test_rollouts_do_not_disturb_each_other() -> None:
+    model = long_transformer(num_actions=4)
+    together = [make_rollout(model, 3, guidance_scale=scale) for scale in (1, 2)]
+    made: list[list[Tensor]] = [[], []]
+    for index in range(4):
+        for rollout, frames in zip(together, made, strict=True):
+            action = action_table(rollout.num_frames + 1)[:, -1]
+            frames.append(rollout.step_latents(action, noise(BATCH, 1, 4, GRID, GRID, seed=100 + index)))
+    for scale, frames in zip((1, 2), made, strict=True):
+        assert torch.equal(torch.cat(frames, dim=1), roll(model, 3, 4, guidance_scale=scale))
+
+
+def test_the_callers_scheduler_and_context_stay_as_they_are() -> None:
+    scheduler, context = FlowMatchEulerDiscreteScheduler(), latents(BATCH, 3)
+    before = scheduler.timesteps.clone()
+    rollout = Rollout(transformer(), scheduler, lambda frame: frame, context, num_inference_steps=2)
+    rollout.step()
+    assert torch.equal(scheduler.timesteps, before)
+    assert torch.equal(context, latents(BATCH, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_does_not_depend_on_training_mode(training: bool) -> None:
+    model = long_transformer(num_actions=4)
+    assert torch.equal(roll(model.train(training)), roll(model.eval()))
+    assert not roll(model).requires_grad
+
+
+def test_the_callback_sees_and_changes_each_step() -> None:
+    rollout = make_rollout(transformer(), num_inference_steps=4)
+    seen = []
+
+    def callback(index: int, timestep: Tensor, frame: Tensor) -> Tensor:
+        seen.append((index, float(timestep), tuple(frame.shape)))
+        return torch.zeros_like(frame) if index == 3 else frame
+
+    frame = rollout.step_latents(callback=callback)
+    assert [step[0] for step in seen] == [0, 1, 2, 3]
+    assert [step[1] for step in seen] == pytest.approx([1000.0, 667.0, 334.0, 1.0])
+    assert {step[2] for step in seen} == {(BATCH, 1, 4, GRID, GRID)}
+    assert torch.equal(frame, torch.zeros_like(frame))
+
+
+def test_an_exception_in_a_step_leaves_the_rollout_as_it_was() -> None:
+    model = long_transformer(num_actions=4)
+    rollout = make_rollout(model, 6)
+
+    def fail(index: int, timestep: Tensor, frame: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollout.step_latents(callback=fail)
+    assert rollout.num_frames == 6
+    assert torch.equal(continue_rollout(rollout, 3), roll(model, 6, 3))
+
+
+@pytest.mark.parametrize("action", [None, -1, 4, [-1, 4], torch.tensor([-1, -1])])
+def test_null_actions_are_the_same(action: Any) -> None:
+    steps = [
+        make_rollout(transformer(num_actions=4), generator=torch.Generator().manual_seed(0)).step(form)
+        for form in (action, None)
+    ]
+    assert torch.equal(*steps)
+
+
+def test_forms_of_an_action() -> None:
+    frames = [
+        make_rollout(transformer(num_actions=4), generator=torch.Generator().manual_seed(0)).step(form)
+        for form in (2, [2, 2], torch.tensor(2), torch.tensor([2, 2]))
+    ]
+    assert all(torch.equal(frame, frames[0]) for frame in frames)
+    other = make_rollout(transformer(num_actions=4), generator=torch.Generator().manual_seed(0)).step([2, 3])
+    assert torch.equal(other[0], frames[0][0]) and max_error(other[1], frames[0][1]) > 1e-4
+
+
+@pytest.mark.parametrize("action", [5, -2, 1.0, [1], [1, 2, 3], [[1, 2]], "left", [], True, [None, 1]])
+def test_bad_actions(action: Any) -> None:
+    rollout = make_rollout(transformer(num_actions=4))
+    with pytest.raises(ValueError, match="^action"):
+        rollout.step(action)
+    assert rollout.num_frames == 3
+
+
+def test_an_action_for_a_model_without_actions() -> None:
+    with pytest.raises(ValueError, match="action is given"):
+        make_rollout(transformer()).step(1)
