@@ -17,6 +17,7 @@ _MODULES = {
     "FARVideoPipelineOutput": "diffusers_far.pipeline_far_video",
     "Rollout": "diffusers_far.rollout",
     "preset": "diffusers_far.presets",
+    "read_video": "diffusers_far.pipeline_inputs",
     # diffusers looks these base classes up on the package that a pipeline's model_index.json names.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",

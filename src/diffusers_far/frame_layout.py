@@ -5,6 +5,7 @@ FAR orders tokens frame by frame: first the long-term frames (few tokens each), 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,3 +138,38 @@ def attention_mask(
         return (distance >= 0)[None, None]
     bias = distance.to(dtype) * -flex_rope_slope
     return bias.masked_fill(distance < 0, float("-inf"))[None, None]
+
+
+def check_inputs(
+    config: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor | None,
+    actions: Tensor | None,
+    frame_positions: Tensor | None,
+    num_long_frames: int | None,
+) -> None:
+    """Raise a ValueError for a forward whose shapes do not fit each other or the model's `config`."""
+    shape, channels = tuple(hidden_states.shape), config.in_channels
+    multiple = config.long_patch_size or config.patch_size
+    if len(shape) != 5 or shape[2] != channels or shape[3] % multiple or shape[4] % multiple:
+        takes = f"[B, F, {channels}, H, W] with H and W multiples of {multiple}"
+        raise ValueError(f"hidden_states has shape {shape}; it takes {takes}")
+    for name, tensor, expected in (
+        ("timestep", timestep, shape[:2]),
+        ("class_labels", class_labels, shape[:1]),
+        ("actions", actions, shape[:2]),
+        ("frame_positions", frame_positions, shape[1:2]),
+    ):
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it takes {expected}")
+    if class_labels is not None and not config.num_classes:
+        raise ValueError("class_labels given to a model without classes (num_classes=None)")
+    if actions is not None and not config.num_actions:
+        raise ValueError("actions given to a model without actions (num_actions=None)")
+    if num_long_frames and config.long_patch_size is None:
+        raise ValueError(
+            f"num_long_frames={num_long_frames}: a base model (long_patch_size=None) has only short-term frames"
+        )
+    if num_long_frames is not None and not 0 <= num_long_frames <= shape[1]:
+        raise ValueError(f"num_long_frames={num_long_frames} must be 0 to {shape[1]}, the frames given")

@@ -65,21 +65,12 @@ class FARCache:
         self.block_tokens = block_tokens
         self.long_frames: list[int] = []
         self.short_frames: list[int] = []
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of context."""
-        return len(self.long_frames) * self.long_tokens + len(self.short_frames) * self.short_tokens
+        self._sync()
 
     @property
     def num_frames(self) -> int:
         """Frames of context."""
         return len(self.long_frames) + len(self.short_frames)
-
-    @property
-    def next_frame(self) -> int:
-        """Position after the latest frame of the context; 0 when empty."""
-        return max(self.long_frames + self.short_frames, default=-1) + 1
 
     @property
     def num_bytes(self) -> int:
@@ -88,11 +79,7 @@ class FARCache:
 
     def key_positions(self, device: torch.device) -> Tensor:
         """`[num_tokens]` frame of each context token."""
-        long = torch.tensor(self.long_frames, device=device, dtype=torch.long)
-        short = torch.tensor(self.short_frames, device=device, dtype=torch.long)
-        return torch.cat(
-            [long.repeat_interleave(self.long_tokens), short.repeat_interleave(self.short_tokens)]
-        )
+        return self._key_positions.to(device)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens of scratch behind the context."""
@@ -162,5 +149,16 @@ class FARCache:
         self.clear_short()
 
     def _sync(self) -> None:
+        # Kept as plain numbers and a tensor: a compiled forward that read the lists would be compiled anew for
+        # every frame.
+        num_long, num_short = len(self.long_frames), len(self.short_frames)
+        self.num_tokens = num_long * self.long_tokens + num_short * self.short_tokens  # of context
+        self.next_frame = max(self.long_frames + self.short_frames, default=-1) + 1  # after the latest one
+        device = self.layers[0].keys.device
+        long = torch.tensor(self.long_frames, device=device, dtype=torch.long)
+        short = torch.tensor(self.short_frames, device=device, dtype=torch.long)
+        self._key_positions = torch.cat(
+            [long.repeat_interleave(self.long_tokens), short.repeat_interleave(self.short_tokens)]
+        )
         for layer in self.layers:
             layer.num_tokens = self.num_tokens

@@ -21,13 +21,16 @@ _VIDEO_FORMS = (
 
 def read_video(path: str | Path) -> np.ndarray:
     """Frames of a video or animated image file, `[T, H, W, 3]` uint8, decoded with PyAV."""
-    import av  # heavy, and needed for files only
+    import av  # needed for files only
+    from av.video.reformatter import VideoReformatter
 
     if not Path(path).is_file():
         raise ValueError(f"video={str(path)!r} is not a file")
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            reformatter = VideoReformatter()  # one for all frames: setting it up costs more than a frame
+            decoded = (reformatter.reformat(frame, format="rgb24") for frame in container.decode(video=0))
+            frames = [frame.to_ndarray() for frame in decoded]
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"video={str(path)!r} cannot be read as a video: {error}") from error
     if not frames:

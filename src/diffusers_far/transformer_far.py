@@ -17,7 +17,15 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .frame_layout import FrameLayout, attention_mask, patchify, split_frames, token_coordinates, unpatchify
+from .frame_layout import (
+    FrameLayout,
+    attention_mask,
+    check_inputs,
+    patchify,
+    split_frames,
+    token_coordinates,
+    unpatchify,
+)
 from .kv_cache import FARCache, LayerCache
 from .single_file import FARSingleFileMixin
 
@@ -251,11 +259,16 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         short_window: int = 16,
     ) -> None:
         super().__init__()
-        if sum(axes_dims_rope) != attention_head_dim:
+        if sum(axes_dims_rope) != attention_head_dim or any(axis % 2 for axis in axes_dims_rope):
             raise ValueError(
-                f"axes_dims_rope={tuple(axes_dims_rope)} sums to {sum(axes_dims_rope)}; it must sum to "
-                f"attention_head_dim={attention_head_dim}"
+                f"axes_dims_rope={tuple(axes_dims_rope)} sums to {sum(axes_dims_rope)}; it must be even numbers "
+                f"that sum to attention_head_dim={attention_head_dim}"
             )
+        counts = {"patch_size": patch_size, "num_layers": num_layers, "short_window": short_window}
+        counts |= {"long_patch_size": long_patch_size, "num_classes": num_classes, "num_actions": num_actions}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
         if long_patch_size is not None and long_patch_size % patch_size:
             raise ValueError(
                 f"long_patch_size={long_patch_size} must be a multiple of patch_size={patch_size}"
@@ -353,6 +366,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         Returns:
             `sample` `[B, F - num_long_frames, out_channels, H, W]`.
         """
+        check_inputs(self.config, hidden_states, timestep, class_labels, actions, frame_positions, num_long_frames)
         num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
         if num_long_frames is None:
             num_long_frames = 0 if cache is not None else split_frames(num_frames, self.short_window)[0]
@@ -395,10 +409,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         num_long = layout.num_long_frames
         if num_long == 0:
             return self.x_embedder(patchify(hidden_states, self.config.patch_size))
-        if self.context_embedder is None:
-            raise ValueError(
-                f"num_long_frames={num_long}: a base model (long_patch_size=None) has only short-term frames"
-            )
+        assert self.context_embedder is not None  # check_inputs saw to it
         long = patchify(hidden_states[:, :num_long], self.config.long_patch_size)
         short = patchify(hidden_states[:, num_long:], self.config.patch_size)
         return torch.cat([self.context_embedder(long), self.x_embedder(short)], dim=1)
@@ -414,10 +425,6 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         timestep = torch.cat([timestep[:, :num_long] * 2, timestep[:, num_long:]], dim=1)
         projected = self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
         embedded = self.timestep_embedder(projected)
-        if class_labels is not None and self.class_embedder is None:
-            raise ValueError("class_labels given to a model without classes (num_classes=None)")
-        if actions is not None and self.action_embedder is None:
-            raise ValueError("actions given to a model without actions (num_actions=None)")
         if self.class_embedder is not None:
             embedded = embedded + self._embed_labels(self.class_embedder, class_labels, embedded[:, :1])
         if self.action_embedder is not None:

@@ -1,0 +1,181 @@
+"""How well an action-conditioned model foresees held-out episodes.
+
+    python evaluation/world_model.py checkpoints/far-doom-maze-64 DATA --output RESULTS.json
+
+Clips of `context + predicted` frames are cut from the validation episodes of a videofolder (`actions` in its
+metadata; `actions[t]` led to frame t). Measured, per frame on [0, 1] and averaged over frames and clips:
+
+- PSNR of the autoencoder's reconstruction, of "repeat the last frame", of one sample per clip, and of the
+best of
+  several samples of a clip (by its mean over the predicted frames);
+- whether the picture turns and zooms as the action says: in frames where the true video shows it clearly, the
+  share of predicted frames whose measured shift (or zoom) has the same sign;
+- time per new frame, decoding included, for one video.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Video, load_dataset
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
+
+from diffusers_far import FARVideoPipeline
+from diffusers_far.pipeline_inputs import read_video
+from evaluation.metrics import horizontal_shift, psnr, zoom
+
+FORWARD, LEFT, RIGHT = 1, 2, 3
+CLEAR_SHIFT = 3  # pixels between two frames from which a turn of the true video is clear
+AHEAD = (1, 2, 4, 8, 16)
+
+
+def load_clips(data: Path, num_frames: int, num_clips: int) -> tuple[Tensor, Tensor]:
+    """Evenly spread clips of the validation split: frames `[N, T, 3, H, W]` in [0, 1] and actions `[N, T]`.
+
+    Raises:
+        ValueError: when the episodes are too few or too short.
+    """
+    table = load_dataset("videofolder", data_dir=str(data), split="validation")
+    table = table.cast_column("video", Video(decode=False))
+    per_episode = -(-num_clips // len(table))
+    videos, actions = [], []
+    for row in table:
+        frames = torch.from_numpy(read_video(row["video"]["path"])).movedim(-1, 1)
+        starts = range(
+            0, len(frames) - num_frames + 1, max(1, (len(frames) - num_frames) // max(1, per_episode - 1))
+        )
+        for start in list(starts)[:per_episode]:
+            videos.append(frames[start : start + num_frames])
+            actions.append(torch.tensor(row["actions"][start : start + num_frames]))
+    if len(videos) < num_clips:
+        raise ValueError(f"num_clips={num_clips}: {data} has only {len(videos)} clips of {num_frames} frames")
+    keep = torch.linspace(0, len(videos) - 1, num_clips).long().tolist()
+    return torch.stack([videos[i] for i in keep]).float() / 255, torch.stack([actions[i] for i in keep])
+
+
+def predict(
+    pipeline: FARVideoPipeline,
+    video: Tensor,
+    actions: Tensor,
+    num_context: int,
+    batch_size: int,
+    seed: int,
+    **options: Any,
+) -> Tensor:
+    """One sample of the frames after the context of each clip: `[N, T - num_context, 3, H, W]`."""
+    samples = []
+    for start in range(0, len(video), batch_size):
+        clip = slice(start, start + batch_size)
+        generators = [
+            torch.Generator().manual_seed(seed * 100_000 + start + i) for i in range(len(video[clip]))
+        ]
+        frames = pipeline(
+            video=video[clip, :num_context],
+            actions=actions[clip],
+            num_frames=video.shape[1],
+            generator=generators,
+            output_type="pt",
+            **options,
+        ).frames
+        samples.append(frames[:, num_context:].cpu())
+    return torch.cat(samples)
+
+
+def motion_agreement(truth: Tensor, prediction: Tensor, actions: Tensor) -> dict[str, float]:
+    """Share of clear turns and walks of the truth that the prediction repeats, by the sign of shift and zoom.
+
+    Args:
+        truth, prediction: `[N, F, 3, H, W]`; the first frame is the last one of the context in both.
+        actions: `[N, F - 1]` that led to the frames after the first.
+    """
+    pairs = [(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1)) for video in (truth, prediction)]
+    actions = actions.flatten()
+    true_shift, shift = (horizontal_shift(*pair) for pair in pairs)
+    true_zoom, zoomed = (zoom(*pair) - 1 for pair in pairs)
+    # Turning left moves the picture to the right.
+    wanted = (actions == LEFT).int() - (actions == RIGHT).int()
+    clear_turn = (wanted != 0) & (true_shift * wanted >= CLEAR_SHIFT)
+    clear_walk = (actions == FORWARD) & (true_zoom > 0)
+    return {
+        "clear_turns": int(clear_turn.sum()),
+        "turns_as_told": (shift * wanted > 0)[clear_turn].float().mean().item(),
+        "clear_walks": int(clear_walk.sum()),
+        "walks_as_told": (zoomed > 0)[clear_walk].float().mean().item(),
+    }
+
+
+def by_frames_ahead(values: Tensor) -> dict[str, float]:
+    """Mean over clips of `[N, F]` values at some frames ahead and over all F."""
+    row = {str(ahead): values[:, ahead - 1].mean().item() for ahead in AHEAD if ahead <= values.shape[1]}
+    return row | {"mean": values.mean().item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
+    parser.add_argument("data", type=Path, help="videofolder with a validation split")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--context", type=int, default=32, help="observed frames")
+    parser.add_argument("--predicted", type=int, default=16, help="frames to predict")
+    parser.add_argument("--clips", type=int, default=216)
+    parser.add_argument("--samples", type=int, default=4, help="samples per clip for the best-of figure")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=36)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    num_context = arguments.context
+    video, actions = load_clips(arguments.data, num_context + arguments.predicted, arguments.clips)
+    truth, last = video[:, num_context:], video[:, num_context - 1 : num_context]
+    options = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    with torch.no_grad():
+        latents = pipeline.encode_video(truth)
+        decoded = torch.stack([pipeline.decode_latents(frame) for frame in latents.unbind(1)], dim=1)
+    started = time.perf_counter()
+    samples = [
+        predict(
+            pipeline, video, actions, num_context, arguments.batch_size, arguments.seed + sample, **options
+        )
+        for sample in range(arguments.samples)
+    ]
+    seconds = time.perf_counter() - started
+    scores = torch.stack([psnr(sample, truth) for sample in samples])  # [samples, N, F]
+    best = scores.mean(dim=2).argmax(dim=0)
+    results = {
+        "checkpoint": str(arguments.checkpoint),
+        "clips": len(video),
+        "context": num_context,
+        "steps": arguments.steps or pipeline.config.num_inference_steps,
+        "guidance": arguments.guidance,
+        "samples": arguments.samples,
+        "psnr_reconstruction": by_frames_ahead(psnr((decoded / 2 + 0.5).clamp(0, 1), truth)),
+        "psnr_repeat_last": by_frames_ahead(psnr(last.expand_as(truth), truth)),
+        "psnr_one_sample": by_frames_ahead(scores[0]),
+        f"psnr_best_of_{arguments.samples}": by_frames_ahead(scores[best, torch.arange(len(video))]),
+        "motion": motion_agreement(
+            torch.cat([last, truth], 1), torch.cat([last, samples[0]], 1), actions[:, num_context:]
+        ),
+        "seconds_per_clip": seconds / len(video) / arguments.samples,
+    }
+    text = json.dumps(results, indent=2)
+    print(text)
+    if arguments.output is not None:
+        partial = arguments.output.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""`training/encode_latents.py` on videos of noise, with a random autoencoder of a few thousand parameters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from training import encode_latents as script
+from training.data.video_folder import read_video
+
+NUM_FRAMES = 7
+
+
+def write_video(file: Path, seed: int) -> None:
+    frames = np.random.default_rng(seed).integers(0, 256, (NUM_FRAMES, 32, 32, 3), dtype=np.uint8)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=15)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv444p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A videofolder: episodes 0 and 1 for training, 2 for validation; action t of episode n is n + t."""
+    folder = tmp_path / "data"
+    for split, episodes in {"train": (0, 1), "validation": (2,)}.items():
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for episode in episodes:
+            write_video(folder / split / f"{episode:05d}.mp4", episode)
+            actions = [episode + t for t in range(NUM_FRAMES)]
+            lines.append(json.dumps({"file_name": f"{episode:05d}.mp4", "actions": actions}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def save_autoencoder(folder: Path, seed: int = 0, scaling_factor: float = 0.5) -> AutoencoderDC:
+    torch.manual_seed(seed)
+    sizes = {f"{side}_block_out_channels": (8, 16) for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_layers_per_block": (0, 1) for side in ("encoder", "decoder")}
+    sizes |= {f"{side}_qkv_multiscales": ((), ()) for side in ("encoder", "decoder")}
+    autoencoder = AutoencoderDC(latent_channels=4, scaling_factor=scaling_factor, **sizes)
+    autoencoder.save_pretrained(folder)
+    return autoencoder
+
+
+def encode(data: Path, autoencoder: Path, output: Path, *more: str) -> None:
+    script.main([str(data), "--autoencoder", str(autoencoder), "--output", str(output), *more])
+
+
+def test_round_trip(data: Path, tmp_path: Path) -> None:
+    autoencoder = save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--batch_size", "3")
+    files = sorted(str(path.relative_to(tmp_path / "latents")) for path in tmp_path.glob("latents/*/*"))
+    assert files == ["train/00000.safetensors", "train/00001.safetensors", "validation/00002.safetensors"]
+
+    content = load_file(tmp_path / "latents/train/00001.safetensors")
+    assert content["latents"].dtype == torch.float16 and content["actions"].dtype == torch.int64
+    assert content["actions"].tolist() == [1 + t for t in range(NUM_FRAMES)]
+    frames = torch.from_numpy(read_video(data / "train/00001.mp4")).movedim(-1, 1) / 255
+    with torch.no_grad():
+        expected = autoencoder.encode(2 * frames - 1).latent * 0.5
+        decoded = autoencoder.decode(content["latents"].float() / 0.5).sample
+        reconstruction = autoencoder(2 * frames - 1).sample
+    assert content["latents"].shape == (NUM_FRAMES, 4, 16, 16)
+    torch.testing.assert_close(content["latents"].float(), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(decoded, reconstruction, atol=2e-2, rtol=2e-2)
+
+
+def test_finished_files_are_kept(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "train")
+    kept, missing = (tmp_path / f"latents/train/0000{episode}.safetensors" for episode in (0, 1))
+    assert not (tmp_path / "latents/validation").exists()
+    time_of_kept, content = kept.stat().st_mtime_ns, missing.read_bytes()
+    missing.unlink()
+    missing.with_suffix(".1.partial").write_bytes(content[:50])  # what an interruption leaves
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    assert kept.stat().st_mtime_ns == time_of_kept
+    assert missing.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.25}])
+def test_latents_of_another_autoencoder_are_refused(
+    data: Path, tmp_path: Path, change: dict[str, float]
+) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    save_autoencoder(tmp_path / "other", **change)
+    with pytest.raises(ValueError, match=r"output: got a folder whose .*safetensors .* another autoencoder"):
+        encode(data, tmp_path / "other", tmp_path / "latents")
+
+
+def test_latents_stay_valid_when_only_the_decoder_changes(data: Path, tmp_path: Path) -> None:
+    autoencoder = save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    torch.nn.init.zeros_(autoencoder.decoder.conv_in.weight)
+    autoencoder.save_pretrained(tmp_path / "finetuned")
+    encode(data, tmp_path / "finetuned", tmp_path / "latents")
+
+
+def test_bf16_is_close(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    name = "validation/00002.safetensors"
+    for precision in ("no", "bf16"):
+        more = ("--splits", "validation", "--mixed_precision", precision)
+        encode(data, tmp_path / "autoencoder", tmp_path / precision, *more)
+    full, half = (load_file(tmp_path / precision / name)["latents"].float() for precision in ("no", "bf16"))
+    assert 0 < (full - half).abs().max() < 0.05 * full.std()
+
+
+def test_hash_is_in_the_metadata(data: Path, tmp_path: Path) -> None:
+    autoencoder = save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "validation")
+    with safe_open(tmp_path / "latents/validation/00002.safetensors", framework="pt") as content:
+        assert content.metadata()[script.HASH_KEY] == script.hash_autoencoder(autoencoder)
+
+
+def test_corrupt_video_is_named_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    video = data / "train/00001.mp4"
+    video.write_bytes(video.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"00001\.mp4: not a video that can be decoded"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    assert [path.name for path in (tmp_path / "latents/train").iterdir()] == ["00000.safetensors"]
+
+
+def test_wrong_number_of_actions_is_named(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    (data / "validation/metadata.jsonl").write_text(json.dumps({"file_name": "00002.mp4", "actions": [0, 1]}))
+    with pytest.raises(ValueError, match=r"00002\.mp4: 7 frames, but 2 actions"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+
+
+def test_videos_without_actions(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    for file in data.glob("*/metadata.jsonl"):
+        file.unlink()
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "validation")
+    assert list(load_file(tmp_path / "latents/validation/00002.safetensors")) == ["latents"]
+
+
+def test_bad_arguments_are_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"autoencoder: got '.*nowhere'; it takes a folder with config\.json"
+    ):
+        encode(data, tmp_path / "nowhere", tmp_path / "latents")
+    save_autoencoder(tmp_path / "autoencoder")
+    with pytest.raises(ValueError, match="batch_size: got 0; it takes a positive number"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--batch_size", "0")
+    with pytest.raises(ValueError, match=r"data: got .* which has no folder 'test'"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "test")
+
+
+def test_latents_too_large_for_float16_are_refused(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder", scaling_factor=1e9)
+    with pytest.raises(ValueError, match="do not fit float16: is scaling_factor set"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+
+
+def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    command = [sys.executable, "training/encode_latents.py", str(data), "--splits", "validation"]
+    command += ["--autoencoder", str(tmp_path / "autoencoder"), "--output", str(tmp_path / "latents")]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "validation: 1 of 1 episodes" in result.stderr
+    assert (tmp_path / "latents/validation/00002.safetensors").is_file()

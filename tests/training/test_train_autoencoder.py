@@ -1,0 +1,259 @@
+"""`training/train_autoencoder.py` on videos of moving squares, with a model of a few thousand parameters."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderDC
+
+from training import train_autoencoder as script
+from training.data.video_folder import list_episodes, load_frames, read_video
+
+CPU = torch.device("cpu")
+
+
+def moving_square(seed: int) -> np.ndarray:
+    """uint8 [12, 32, 32, 3]: a coloured square that crosses a coloured background."""
+    generator = np.random.default_rng(seed)
+    background, square = generator.integers(0, 256, size=(2, 3), dtype=np.uint8)
+    frames = np.tile(background, (12, 32, 32, 1))
+    for t, frame in enumerate(frames):
+        frame[8:20, t : t + 12] = square
+    return frames
+
+
+def write_video(file: Path, frames: np.ndarray) -> None:
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=15, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A videofolder of three training videos and one for validation."""
+    folder = tmp_path_factory.mktemp("set") / "squares"
+    for split, seeds in {"train": range(3), "validation": range(3, 4)}.items():
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for seed in seeds:
+            write_video(folder / split / f"{seed:05d}.mp4", moving_square(seed))
+            lines.append(json.dumps({"file_name": f"{seed:05d}.mp4", "actions": [seed] * 12}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def tiny_run(data: Path, output: Path, **changes: object) -> script.AutoencoderArguments:
+    values = {
+        "latent_channels": 4,
+        "block_out_channels": [8, 16],
+        "layers_per_block": [0, 1],
+        "max_train_steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "ema_decay": 0.9,
+        "latent_noise": 0.05,
+    }
+    return script.AutoencoderArguments(**{"data": str(data), "output_dir": str(output), **values, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoencoderDC.from_pretrained(folder / "autoencoder").state_dict()
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run that is long enough to learn something."""
+    output = tmp_path_factory.mktemp("trained")
+    script.train(tiny_run(data, output, max_train_steps=80))
+    return output
+
+
+def frames_of(data: Path, split: str) -> np.ndarray:
+    return np.array(load_frames([episode.video for episode in list_episodes(data, split)], f"{data}.cache"))
+
+
+def test_training_lowers_the_loss(data: Path, trained: Path, tmp_path: Path) -> None:
+    inputs = script.to_input(frames_of(data, "train"), CPU)
+    before = script.build_autoencoder(tiny_run(data, tmp_path))
+    after = AutoencoderDC.from_pretrained(trained / "autoencoder")
+    with torch.no_grad():
+        loss_before, loss_after = (
+            script.ReconstructionLoss(model, 0.5, 0.0)(inputs) for model in (before, after)
+        )
+    assert loss_after < 0.4 * loss_before
+
+
+def test_output_is_in_the_convention_of_the_pipeline(data: Path, trained: Path) -> None:
+    autoencoder = AutoencoderDC.from_pretrained(trained / "autoencoder")
+    frames = frames_of(data, "train")
+    frame, scale = torch.tensor(frames / 255).movedim(-1, 1).float(), autoencoder.config.scaling_factor
+    with torch.no_grad():
+        latents = autoencoder.encode(2 * frame - 1).latent * scale
+        decoded = (autoencoder.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1)
+    # All 36 training frames are in the sample that scaling_factor is measured on.
+    assert latents.std().item() == pytest.approx(1, abs=1e-4)
+    psnr = -10 * (decoded - frame).square().mean(dim=(1, 2, 3)).log10().mean().item()
+    assert script.measure_psnr(autoencoder, frames, CPU) == pytest.approx(psnr, abs=0.01)
+
+
+def test_resumed_run_equals_an_unbroken_one(data: Path, tmp_path: Path) -> None:
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    script.train(tiny_run(data, unbroken, max_train_steps=6, save_steps=3))
+    # What an interruption after step 3 leaves behind, in the middle of writing another checkpoint.
+    shutil.copytree(unbroken / "checkpoint-3", resumed / "checkpoint-3")
+    (resumed / "checkpoint-6.partial").mkdir()
+    script.train(tiny_run(data, resumed, max_train_steps=6, save_steps=3, resume_from="latest"))
+    expected, got = weights(unbroken), weights(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert sorted(path.name for path in resumed.iterdir()) == ["autoencoder", "checkpoint-3", "checkpoint-6"]
+
+
+def test_latest_without_checkpoints_starts_anew(data: Path, tmp_path: Path) -> None:
+    assert script.find_checkpoint(tiny_run(data, tmp_path, resume_from="latest")) is None
+
+
+def test_frozen_encoder_keeps_latents_valid(data: Path, trained: Path, tmp_path: Path) -> None:
+    init_from = str(trained / "autoencoder")
+    script.train(tiny_run(data, tmp_path, init_from=init_from, freeze_encoder=True))
+    before = AutoencoderDC.from_pretrained(init_from)
+    after = AutoencoderDC.from_pretrained(tmp_path / "autoencoder")
+    assert after.config.scaling_factor == before.config.scaling_factor
+    inputs = script.to_input(frames_of(data, "validation"), CPU)
+    with torch.no_grad():
+        assert torch.equal(after.encode(inputs).latent, before.encode(inputs).latent)
+    assert not torch.equal(after.decoder.conv_in.weight, before.decoder.conv_in.weight)
+
+
+def test_checkpoints_beyond_the_limit_are_removed(data: Path, tmp_path: Path) -> None:
+    script.train(tiny_run(data, tmp_path, save_steps=1, keep_checkpoints=2))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_batches_depend_on_step_process_and_seed_only(data: Path, tmp_path: Path) -> None:
+    frames, arguments = np.arange(10_000), tiny_run(data, tmp_path)
+    draws = [script.draw_batch(frames, arguments, step, process) for step in (0, 1) for process in (0, 1)]
+    assert np.array_equal(draws[0], script.draw_batch(frames, arguments, 0, 0))
+    assert len({tuple(draw) for draw in draws}) == 4
+
+
+def test_learning_rate_rises_then_falls_to_zero(data: Path, tmp_path: Path) -> None:
+    arguments = tiny_run(data, tmp_path, max_train_steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [script.learning_rate_at(step, arguments) for step in range(101)]
+    assert rates[0] < 0.1 and max(rates) > 0.95 and rates[100] == pytest.approx(0)
+    assert np.argmax(rates) == 10
+
+
+def test_gradient_loss_is_that_of_the_finite_differences(data: Path, tmp_path: Path) -> None:
+    autoencoder = script.build_autoencoder(tiny_run(data, tmp_path))
+    inputs = script.to_input(frames_of(data, "train")[:4], CPU)
+    with torch.no_grad():
+        decoded = autoencoder.decode(autoencoder.encode(inputs).latent).sample
+        loss = script.ReconstructionLoss(autoencoder, 0.3, 0.0)(inputs)
+    expected = (decoded - inputs).abs().mean()
+    for dim in (-1, -2):
+        expected += 0.3 * (decoded.diff(dim=dim) - inputs.diff(dim=dim)).abs().mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_loss_that_is_not_finite_stops_with_the_step(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"nan at step \d"):
+        script.train(tiny_run(data, tmp_path, learning_rate=1e30, max_train_steps=9, warmup_steps=0))
+    assert not (tmp_path / "autoencoder").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: got 0; it takes a positive number"),
+        ({"latent_noise": -0.1}, "latent_noise: got -0.1; it takes"),
+        ({"ema_decay": 1.0}, "ema_decay: got 1.0; it takes"),
+        ({"mixed_precision": "int8"}, "mixed_precision: got 'int8'; it takes no, bf16 or fp16"),
+        (
+            {"layers_per_block": [1]},
+            r"layers_per_block: got \[1\]; it takes one number per block_out_channels",
+        ),
+        ({"freeze_encoder": True}, "init_from: got None; it takes a folder"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_run(Path("data"), Path("output"), **changes)
+
+
+def test_bad_checkpoint_and_split_are_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_from: got '.*nowhere'"):
+        script.find_checkpoint(tiny_run(data, tmp_path, resume_from="nowhere"))
+    with pytest.raises(ValueError, match="no folder 'test'"):
+        list_episodes(data, "test")
+
+
+def test_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"data": "d", "output_dir": "o", "layers_per_block": [0, 1, 1, 3], "seed": 1})
+    )
+    arguments = script.parse_arguments([str(recipe), "--seed", "2", "--freeze_encoder", "--init_from", "i"])
+    assert (arguments.data, arguments.layers_per_block, arguments.seed) == ("d", [0, 1, 1, 3], 2)
+    assert arguments.freeze_encoder
+    recipe.write_text("sead: 1")
+    with pytest.raises(ValueError, match="recipe: got 'sead'; it takes data, output_dir"):
+        script.parse_arguments([str(recipe)])
+
+
+def test_shipped_recipe_is_valid(repository: Path) -> None:
+    arguments = script.parse_arguments([str(repository / "training/recipes/autoencoder_doom_maze.yaml")])
+    assert script.build_autoencoder(arguments).spatial_compression_ratio == 8
+
+
+def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "block_out_channels: [8, 16]\nlayers_per_block: [0, 1]\nlatent_channels: 4\nmax_train_steps: 9\n"
+    )
+    command = [sys.executable, "training/train_autoencoder.py", str(recipe), "--data", str(data)]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--num_threads", "1"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "validation PSNR" in result.stderr
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+    assert AutoencoderDC.from_pretrained(tmp_path / "run/autoencoder").config.latent_channels == 4
+
+
+def test_frames_are_decoded_once_and_anew_when_a_video_changes(tmp_path: Path) -> None:
+    videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for seed, video in enumerate(videos):
+        write_video(video, moving_square(seed))
+    frames = load_frames(videos, tmp_path / "cache")
+    assert isinstance(frames, np.memmap) and frames.shape == (24, 32, 32, 3)
+    assert np.array_equal(frames[12:], read_video(videos[1]))
+    assert np.abs(frames[:12].astype(int) - moving_square(0)).mean() < 4  # the codec is nearly lossless
+    load_frames(videos, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    write_video(videos[1], moving_square(7)[:5])
+    assert len(load_frames(videos, tmp_path / "cache")) == 17
+
+
+def test_corrupt_video_is_named_and_leaves_no_cache(tmp_path: Path) -> None:
+    write_video(tmp_path / "good.mp4", moving_square(0))
+    (tmp_path / "broken.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"broken\.mp4: not a video that can be decoded"):
+        load_frames([tmp_path / "good.mp4", tmp_path / "broken.mp4"], tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_videos_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", moving_square(0))
+    write_video(tmp_path / "b.mp4", moving_square(1)[:, :16])
+    with pytest.raises(ValueError, match=r"b\.mp4: frames of \(16, 32, 3\).* has \(32, 32, 3\)"):
+        load_frames([tmp_path / "a.mp4", tmp_path / "b.mp4"], tmp_path / "cache")

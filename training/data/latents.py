@@ -1,0 +1,159 @@
+"""Clips of encoded videos, and everything random about a training step: FAR's batches.
+
+`training/encode_latents.py` writes a folder per split with one `.safetensors` per video: `latents` float16
+`[T, C, H, W]`, already scaled to unit deviation, and, where the set has them, `actions` int64 `[T]` (action t
+led to frame t). A class-conditional set has `class_label` int64 `[]`.
+
+Shapes: B batch, F frames, C channels, H x W latent grid.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_clean_frames, sample_sigmas
+
+
+class LatentVideos:
+    """The videos of one split; only the frames that are asked for are read from the mapped files.
+
+    Args:
+        folder: a split of an encoded data set.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.paths = sorted(Path(folder).glob("*.safetensors"))
+        if not self.paths:
+            raise ValueError(f"folder={str(folder)!r} has no *.safetensors: expected an encoded split")
+        self._files = [safe_open(path, framework="pt") for path in self.paths]
+        shapes = [file.get_slice("latents").get_shape() for file in self._files]
+        self.num_frames = [shape[0] for shape in shapes]
+        self.frame_shape: tuple[int, int, int] = tuple(shapes[0][1:])  # (C, H, W)
+        self.has_actions = "actions" in self._files[0].keys()  # noqa: SIM118 (it is not a dict)
+        self.has_labels = "class_label" in self._files[0].keys()  # noqa: SIM118
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def clip(self, video: int, start: int, num_frames: int) -> Tensor:
+        """`[F, C, H, W]` float32 latents."""
+        return self._files[video].get_slice("latents")[start : start + num_frames].float()
+
+    def actions(self, video: int, start: int, num_frames: int) -> Tensor:
+        """`[F]` int64, the action that led to each frame."""
+        return self._files[video].get_slice("actions")[start : start + num_frames]
+
+    def class_label(self, video: int) -> Tensor:
+        """`[]` int64."""
+        return self._files[video].get_tensor("class_label")
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips and the draw of one training step, for `window` last frames that may carry a loss."""
+
+    latents: Tensor  # [B, F, C, H, W]
+    noise: Tensor  # [B, window, C, H, W]
+    sigmas: Tensor  # [B, window] share of noise in [0, 1]
+    clean: Tensor  # [B, window] bool, frames given as they are, without loss
+    actions: Tensor | None  # [B, F], -1 where dropped
+    class_labels: Tensor | None  # [B], -1 where dropped
+
+    def to(self, device: torch.device) -> "ClipBatch":
+        values = (getattr(self, field.name) for field in fields(self))
+        return ClipBatch(*(None if value is None else value.to(device) for value in values))
+
+    @property
+    def window_latents(self) -> Tensor:
+        return self.latents[:, -self.noise.shape[1] :]
+
+    def model_input(self) -> tuple[Tensor, Tensor]:
+        """Latents `[B, F, C, H, W]`, noisy where there is a loss, and timesteps `[B, F]`."""
+        before = self.latents[:, : -self.noise.shape[1]]
+        sigmas = torch.where(self.clean, 0.0, self.sigmas)
+        noisy = add_noise(self.window_latents, self.noise, sigmas)
+        timestep = torch.where(self.clean, CLEAN_TIMESTEP, self.sigmas * 1000)
+        before_timestep = timestep.new_full(before.shape[:2], CLEAN_TIMESTEP)
+        return torch.cat([before, noisy], dim=1), torch.cat([before_timestep, timestep], dim=1)
+
+
+class ClipBatches(Dataset[ClipBatch]):
+    """Batch `i` of an endless training set.
+
+    It depends on (seed, i, rank) and nothing else, so that a run can stop and go on anywhere.
+
+    Args:
+        videos: the split.
+        batch_size: B.
+        num_frames: frames of a clip; for a Long model the longest one.
+        short_window: window of a Long model, whose clips have a random length between it and `num_frames`,
+            one per batch; None for a base model, whose clips all have `num_frames` frames.
+        clean_context_probability: chance of a frame of the window to be given clean.
+        condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
+        seed: of all draws.
+        rank: of this process; the clip length is the same on all of them.
+    """
+
+    def __init__(
+        self,
+        videos: LatentVideos,
+        batch_size: int,
+        num_frames: int,
+        short_window: int | None = None,
+        clean_context_probability: float = 0.1,
+        condition_dropout: float = 0.1,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        least, most = short_window or 1, min(videos.num_frames)
+        if not least <= num_frames <= most:
+            raise ValueError(
+                f"num_frames={num_frames} must be from {least} (the window) to {most} (the shortest video)"
+            )
+        self.videos = videos
+        self.batch_size = batch_size
+        self.num_frames = num_frames
+        self.short_window = short_window
+        self.clean_context_probability = clean_context_probability
+        self.condition_dropout = condition_dropout
+        self.seed = seed
+        self.rank = rank
+
+    def __getitem__(self, index: int) -> ClipBatch:
+        num_frames = self.num_frames
+        if self.short_window is not None:
+            common_rng = np.random.default_rng((self.seed, index))
+            num_frames = int(common_rng.integers(self.short_window, num_frames, endpoint=True))
+        window = min(num_frames, self.short_window or num_frames)
+        rng = np.random.default_rng((self.seed, index, 1 + self.rank))
+        clips = []
+        for _ in range(self.batch_size):
+            video = int(rng.integers(len(self.videos)))
+            start = int(rng.integers(self.videos.num_frames[video] - num_frames, endpoint=True))
+            clips.append((video, start, num_frames))
+
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        shape = (self.batch_size, window)
+        actions = class_labels = None
+        if self.videos.has_actions:
+            actions = self._drop([self.videos.actions(*clip) for clip in clips], generator)
+        if self.videos.has_labels:
+            class_labels = self._drop([self.videos.class_label(clip[0]) for clip in clips], generator)
+        return ClipBatch(
+            latents=torch.stack([self.videos.clip(*clip) for clip in clips]),
+            noise=torch.randn(*shape, *self.videos.frame_shape, generator=generator),
+            sigmas=sample_sigmas(shape, generator),
+            clean=sample_clean_frames(shape, self.clean_context_probability, generator=generator),
+            actions=actions,
+            class_labels=class_labels,
+        )
+
+    def _drop(self, conditions: list[Tensor], generator: torch.Generator) -> Tensor:
+        stacked = torch.stack(conditions)
+        dropped = torch.rand(stacked.shape, generator=generator) < self.condition_dropout
+        return torch.where(dropped, -1, stacked)  # -1 is the model's null condition

@@ -1,0 +1,436 @@
+"""Train FAR on encoded videos, with the published objective (section 3 of the paper).
+
+    python training/train_far.py training/recipes/far_doom_maze.yaml --latents LATENTS --output_dir OUTPUT
+    accelerate launch training/train_far.py RECIPE.yaml ...            # several processes
+
+A recipe is a YAML file of the options below; options on the command line win. OUTPUT gets `ema/` (averaged
+weights, as `FARTransformer3DModel.from_pretrained` reads them), `log.jsonl`, and `checkpoint-<step>/` to
+go on from with `--resume_from latest`. Clips, noise and timesteps of a step depend on the seed and the step
+only, so a run of `--max_train_steps` that was interrupted ends with the weights of one that was not, bit for
+bit.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
+
+from diffusers_far.flow_matching import frame_loss, velocity_target
+from diffusers_far.transformer_far import FARTransformer3DModel
+from training.data.latents import ClipBatch, ClipBatches, LatentVideos
+from training.matmul_attention import MatmulAttnProcessor
+
+
+@dataclass
+class ModelArguments:
+    """Size of the model; `in_channels` comes from the latents. See [`FARTransformer3DModel`]."""
+
+    patch_size: int = 1
+    long_patch_size: int | None = None
+    num_layers: int = 12
+    num_attention_heads: int = 12
+    attention_head_dim: int = 64
+    axes_dims_rope: list[int] = field(default_factory=lambda: [16, 24, 24])
+    num_classes: int | None = None
+    num_actions: int | None = None
+    short_window: int = 16
+
+
+@dataclass
+class TrainingArguments:
+    """How to train. The defaults are the published ones where there are any.
+
+    Args:
+        latents: folder with the splits `train/` and `validation/` of an encoded data set.
+        output_dir: where weights, checkpoints and logs go.
+        num_frames: frames of a clip; of the longest clip for a Long model.
+        clean_context_probability: chance of a frame of the window to be given clean.
+        condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
+        batch_size: clips per process and forward.
+        gradient_accumulation_steps: forwards per step of the optimizer.
+        max_train_steps, max_minutes: length of the run in steps of the optimizer, in minutes, or in both: it
+            ends with the first. The learning rate is scheduled over that length.
+        learning_rate: the highest one.
+        lr_scheduler: a name that `get_scheduler` of diffusers knows.
+        warmup_ratio: share of the run in which the learning rate rises.
+        adam_beta1, adam_beta2, max_grad_norm: of AdamW, which has no weight decay here.
+        ema_decay, ema_power: the decay after n steps is `1 - (1 + n) ** -ema_power`, at most `ema_decay`.
+        mixed_precision: "no", "bf16" or "fp16".
+        attention: "sdpa", or "matmul", which is faster on CPUs with bf16 matrix units.
+        compile: compile the transformer blocks, which takes minutes once.
+        seed: of the weights and all draws.
+        dataloader_workers: processes that read clips ahead.
+        logging_steps: steps between two lines of the log.
+        validation_steps: steps between two validations; 0 for none.
+        validation_batches: batches of one validation.
+        save_minutes: minutes between two checkpoints, each with averaged weights beside it, or
+        save_steps: steps between them.
+        keep_checkpoints: so many of the last ones are kept.
+        resume_from: a checkpoint to go on from, or "latest".
+        report_to: a tracker that accelerate knows, such as "tensorboard".
+    """
+
+    latents: str
+    output_dir: str
+    num_frames: int = 16
+    clean_context_probability: float = 0.1
+    condition_dropout: float = 0.1
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int | None = None
+    max_minutes: float | None = None
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant_with_warmup"
+    warmup_ratio: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    ema_power: float = 0.75
+    mixed_precision: str = "no"
+    attention: str = "sdpa"
+    compile: bool = False
+    seed: int = 0
+    dataloader_workers: int = 0
+    logging_steps: int = 50
+    validation_steps: int = 1000
+    validation_batches: int = 8
+    save_minutes: float = 10.0
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    resume_from: str | None = None
+    report_to: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_train_steps is None and self.max_minutes is None:
+            raise ValueError("max_train_steps=None and max_minutes=None: give the length of the run")
+        for name in (
+            *("batch_size", "gradient_accumulation_steps", "max_train_steps", "max_minutes", "learning_rate"),
+            *("max_grad_norm", "logging_steps", "validation_batches", "save_minutes", "save_steps"),
+            *("keep_checkpoints",),
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be greater than 0")
+        for name in ("clean_context_probability", "condition_dropout", "warmup_ratio", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        for name, choices in (("mixed_precision", ("no", "bf16", "fp16")), ("attention", ("sdpa", "matmul"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, TrainingArguments]:
+    """Options of `[RECIPE.yaml] [--option value ...]`; the command line wins."""
+    parser = HfArgumentParser((ModelArguments, TrainingArguments), description=__doc__)
+    options = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe = yaml.safe_load(Path(options.pop(0)).read_text())
+        known = {action.dest: action for action in parser._actions}
+        for name in recipe:
+            if name not in known:
+                raise ValueError(f"{argv[0]} sets {name!r}, which is no option; options: {', '.join(known)}")
+            known[name].required = False
+        parser.set_defaults(**recipe)
+    model_args, args = parser.parse_args_into_dataclasses(options)
+    return model_args, args
+
+
+class RunClock:
+    """Where a run stands: steps and seconds of training, those before a resume included.
+
+    The learning rate follows the share of the run that is over, in steps or in time, whichever is greater.
+    """
+
+    SCHEDULE_LENGTH = 1_000_000  # of the whole run, in the units of `get_scheduler`
+
+    def __init__(self, args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+        self.step = 0
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        self._max_steps = args.max_train_steps or math.inf
+        self._max_seconds = (args.max_minutes or math.inf) * 60
+        warmup = int(args.warmup_ratio * self.SCHEDULE_LENGTH)
+        length = self.SCHEDULE_LENGTH
+        schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup, length)
+        self._scale_at = schedule.lr_lambdas[0]
+        self._highest_rate = args.learning_rate
+
+    def start(self) -> None:
+        """Count the seconds from now on."""
+        self._started = time.monotonic()
+
+    def tick(self) -> None:
+        """Bring `seconds` up to date."""
+        now = time.monotonic()
+        self.seconds += now - self._started
+        self._started = now
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self._max_steps or self.seconds >= self._max_seconds
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        # From the middle of a step, so that neither the first nor the last has a rate of zero.
+        share = max((self.step + 0.5) / self._max_steps, self.seconds / self._max_seconds)
+        return float(self._highest_rate * self._scale_at(share * self.SCHEDULE_LENGTH))
+
+    # The two methods that accelerate asks of what goes into a checkpoint.
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = int(state["step"]), state["seconds"]
+
+
+class Trainer:
+    """One run: the model, what trains it, and where it is kept."""
+
+    def __init__(self, model_args: ModelArguments, args: TrainingArguments) -> None:
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=args.report_to,
+            project_dir=args.output_dir,
+        )
+        set_seed(args.seed)
+        videos = LatentVideos(Path(args.latents) / "train")
+        self.uses_actions, self.uses_labels = bool(model_args.num_actions), bool(model_args.num_classes)
+        if self.uses_actions and not videos.has_actions:
+            raise ValueError(f"num_actions={model_args.num_actions}: {args.latents} has no actions")
+        if self.uses_labels and not videos.has_labels:
+            raise ValueError(f"num_classes={model_args.num_classes}: {args.latents} has no class labels")
+        model = FARTransformer3DModel(in_channels=videos.frame_shape[0], **asdict(model_args))
+        self.batches = ClipBatches(
+            videos,
+            args.batch_size,
+            args.num_frames,
+            model.short_window,
+            args.clean_context_probability,
+            args.condition_dropout,
+            args.seed,
+            self.accelerator.process_index,
+        )
+        decay, power = args.ema_decay, args.ema_power
+        self.ema = EMAModel(model.parameters(), decay, use_ema_warmup=True, power=power, foreach=True)
+        if args.attention == "matmul":
+            model.set_attn_processor(MatmulAttnProcessor())
+        if args.compile:
+            model.compile_repeated_blocks(dynamic=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.clock = RunClock(args, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.ema.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.ema, self.clock)
+        self.validation_sets = self._validation_sets() if args.validation_steps else {}
+        self.stop_requested = False
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            arguments = {**asdict(model_args), **asdict(args)}
+            (self.output_dir / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n")
+        if args.report_to:
+            self.accelerator.init_trackers("far", config={**asdict(args), "axes_dims_rope": None})
+
+    # --------------------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self) -> None:
+        """From the first step, or the checkpoint to resume from, to the end."""
+        args, clock = self.args, self.clock
+        if args.resume_from:
+            self.load_checkpoint(args.resume_from)
+        signal.signal(signal.SIGTERM, self._request_stop)
+        remaining = range(clock.step * args.gradient_accumulation_steps, 2**62)
+        workers = args.dataloader_workers
+        batches = iter(DataLoader(self.batches, batch_size=None, sampler=remaining, num_workers=workers))
+        losses, frames, busy = [], 0, 0.0
+        saved_at = clock.seconds
+        clock.start()
+        while not clock.over and not self.stop_requested:
+            started = clock.seconds
+            loss, grad_norm, num_frames = self.train_step(batches)
+            clock.step += 1
+            self._tick()
+            losses.append(loss)
+            frames += num_frames
+            busy += clock.seconds - started
+
+            if clock.step % args.logging_steps == 0 or clock.over:
+                self.log(loss=sum(losses) / len(losses), grad_norm=grad_norm, frames_per_second=frames / busy)
+                losses, frames, busy = [], 0, 0.0
+            if args.validation_steps and (clock.step % args.validation_steps == 0 or clock.over):
+                self.log(**self.validate())
+            due = clock.seconds - saved_at >= args.save_minutes * 60
+            if clock.step % args.save_steps == 0 if args.save_steps else due:
+                self.save()
+                saved_at = clock.seconds
+            self._tick()
+        self.save()
+        self.accelerator.end_training()
+
+    def train_step(self, batches: Iterator[ClipBatch]) -> tuple[float, float, int]:
+        """One optimizer step: loss, norm of the gradient, and frames of the windows, over all processes."""
+        accelerator, num_forwards = self.accelerator, self.args.gradient_accumulation_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.clock.learning_rate
+        mean_loss, num_frames = 0.0, 0
+        for _ in range(num_forwards):
+            batch = next(batches).to(accelerator.device)
+            with accelerator.accumulate(self.model):
+                loss = self.loss(batch)
+                mean_loss += accelerator.reduce(loss.detach(), "mean").item() / num_forwards
+                if not math.isfinite(mean_loss):  # it must not reach the weights
+                    last, step = next(reversed(self._checkpoints()), "none"), self.clock.step
+                    raise FloatingPointError(f"step {step}: the loss is {mean_loss}; last checkpoint: {last}")
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            num_frames += batch.clean.numel() * accelerator.num_processes
+        self.ema.step(self.model.parameters())
+        return mean_loss, float(grad_norm), num_frames
+
+    def loss(self, batch: ClipBatch) -> Tensor:
+        """Squared error of the velocity of the window's noisy frames."""
+        hidden_states, timestep = batch.model_input()
+        prediction = self.model(
+            hidden_states,
+            timestep,
+            class_labels=batch.class_labels if self.uses_labels else None,
+            actions=batch.actions if self.uses_actions else None,
+        ).sample
+        return frame_loss(prediction, velocity_target(batch.window_latents, batch.noise), batch.clean)
+
+    def _tick(self) -> None:
+        self.clock.tick()
+        if self.accelerator.num_processes > 1:  # all processes agree on the time, and on stopping
+            state = torch.tensor([self.clock.seconds, self.stop_requested], device=self.accelerator.device)
+            self.clock.seconds, stop = self.accelerator.reduce(state, "mean").tolist()
+            self.stop_requested = stop > 0
+
+    def _request_stop(self, *_: Any) -> None:
+        self.stop_requested = True
+
+    # --------------------------------------------------------------------------------------------------------
+    # Validation and logs
+
+    def _validation_sets(self) -> dict[str, ClipBatches]:
+        """Held-out clips with fixed noise: as in training, and as in sampling (one noisy frame, the last)."""
+        train, videos = self.batches, LatentVideos(Path(self.args.latents) / "validation")
+        fixed = (train.batch_size, train.num_frames, train.short_window)
+        return {
+            name: ClipBatches(videos, *fixed, probability, condition_dropout=0.0, seed=1, rank=train.rank)
+            for name, probability in (
+                ("validation_loss", train.clean_context_probability),
+                ("next_frame_loss", 1.0),
+            )
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean losses of the averaged weights on the held-out clips."""
+        with self.averaged_weights():
+            return {name: self._mean_loss(batches) for name, batches in self.validation_sets.items()}
+
+    def _mean_loss(self, batches: ClipBatches) -> float:
+        device, number = self.accelerator.device, self.args.validation_batches
+        losses = torch.stack([self.loss(batches[index].to(device)) for index in range(number)])
+        return float(self.accelerator.reduce(losses.mean(), "mean"))
+
+    def log(self, **values: float) -> None:
+        """One line of `log.jsonl` and of the console."""
+        clock = self.clock
+        values = {"minutes": clock.seconds / 60, "learning_rate": clock.learning_rate, **values}
+        values = {"step": clock.step, **{name: float(f"{value:.5g}") for name, value in values.items()}}
+        self.accelerator.log(values, step=clock.step)
+        if self.accelerator.is_main_process:
+            with (self.output_dir / "log.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            print(" ".join(f"{name}={value:g}" for name, value in values.items()), flush=True)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Weights and checkpoints: written beside their place, then renamed, so that what has the name is whole
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model holds the EMA weights."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.model.parameters())
+
+    def save(self) -> None:
+        """Save the averaged weights, and all that is needed to go on."""
+        checkpoint = self.output_dir / f"checkpoint-{self.clock.step:07d}"
+        partial = self.output_dir / "checkpoint.partial"
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            replace_folder(partial, checkpoint)
+            for old in self._checkpoints()[: -self.args.keep_checkpoints]:
+                shutil.rmtree(old)
+            with self.averaged_weights():
+                partial = self.output_dir / "ema.partial"
+                self.accelerator.unwrap_model(self.model).save_pretrained(partial)
+            replace_folder(partial, self.output_dir / "ema")
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self, name: str) -> None:
+        """Go on from a checkpoint folder, or from the `latest` of the output folder."""
+        checkpoints = self._checkpoints()
+        if name == "latest" and not checkpoints:
+            raise ValueError(f"resume_from={name!r}: {self.output_dir} has no checkpoint")
+        folder = checkpoints[-1] if name == "latest" else Path(name)
+        if not folder.is_dir():
+            raise ValueError(f"resume_from={name!r}: no such folder; expected a checkpoint or latest")
+        self.accelerator.load_state(str(folder))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.output_dir.glob("checkpoint-*"))
+
+
+def replace_folder(source: Path, destination: Path) -> None:
+    """Rename `source` to `destination`, in place of what is there."""
+    old = destination.with_name(destination.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
+    source.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    Trainer(*parse_arguments(sys.argv[1:])).train()
