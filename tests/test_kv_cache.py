@@ -12,7 +12,14 @@ LAYERS, BATCH, HEADS, HEAD_DIM = 2, 3, 2, 4
 
 def make_cache(short_tokens: int = 4, long_tokens: int = 2, block_tokens: int = 16) -> FARCache:
     return FARCache(
-        LAYERS, BATCH, HEADS, HEAD_DIM, short_tokens, long_tokens, dtype=torch.float32, block_tokens=block_tokens
+        LAYERS,
+        BATCH,
+        HEADS,
+        HEAD_DIM,
+        short_tokens,
+        long_tokens,
+        dtype=torch.float32,
+        block_tokens=block_tokens,
     )
 
 
@@ -57,7 +64,9 @@ def test_append_keeps_both_levels() -> None:
     add(cache, short=(3, 4))
     assert_holds(cache, {0, 1}, {2, 3, 4})
     assert cache.next_frame == 5
-    assert cache.key_positions(torch.device("cpu")).tolist() == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 4 + [4] * 4
+    assert (
+        cache.key_positions(torch.device("cpu")).tolist() == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 4 + [4] * 4
+    )
 
 
 def test_scratch_is_not_context() -> None:

@@ -89,7 +89,8 @@ def test_the_cache_changes_nothing_with_guidance(name: str, guidance_scale: floa
 
 
 @pytest.mark.parametrize(
-    ("name", "num_context"), [("base-actions", 0), ("long-actions", 0), ("long-actions", 75), ("base-patch-2", 70)]
+    ("name", "num_context"),
+    [("base-actions", 0), ("long-actions", 0), ("long-actions", 75), ("base-patch-2", 70)],
 )
 def test_the_cache_changes_nothing_for_any_length_of_context(name: str, num_context: int) -> None:
     """None, and more than a chunk of long-term frames (64) or of short-term ones (32)."""
@@ -345,7 +346,7 @@ def test_forms_of_an_action() -> None:
 @pytest.mark.parametrize("action", [5, -2, 1.0, [1], [1, 2, 3], [[1, 2]], "left", [], True, [None, 1]])
 def test_bad_actions(action: Any) -> None:
     rollout = make_rollout(transformer(num_actions=4))
-    with pytest.raises(ValueError, match="^action"):
+    with pytest.raises(ValueError, match=r"^action"):
         rollout.step(action)
     assert rollout.num_frames == 3
 

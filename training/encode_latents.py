@@ -25,7 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
-from training.data.video_folder import Episode, list_episodes, read_video
+from diffusers_far import read_video
+from training.data.video_folder import Episode, list_episodes
 
 HASH_KEY = "autoencoder_sha256"
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -85,7 +85,7 @@ class TrainingArguments:
         save_minutes: minutes between two checkpoints, each with averaged weights beside it, or
         save_steps: steps between them.
         keep_checkpoints: so many of the last ones are kept.
-        resume_from: a checkpoint to go on from, or "latest".
+        resume_from: a checkpoint to go on from, or "latest": the newest one, if there is any.
         report_to: a tracker that accelerate knows, such as "tensorboard".
     """
 
@@ -216,6 +216,8 @@ class Trainer:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=args.report_to,
             project_dir=args.output_dir,
+            # The weights of long-term tokens have no part in a clip as short as the window.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(args.seed)
         videos = LatentVideos(Path(args.latents) / "train")
@@ -259,7 +261,8 @@ class Trainer:
             arguments = {**asdict(model_args), **asdict(args)}
             (self.output_dir / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n")
         if args.report_to:
-            self.accelerator.init_trackers("far", config={**asdict(args), "axes_dims_rope": None})
+            config = {name: value for name, value in asdict(args).items() if value is not None}
+            self.accelerator.init_trackers("far", config=config)
 
     # --------------------------------------------------------------------------------------------------------
     # Training
@@ -309,17 +312,24 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 loss = self.loss(batch)
                 mean_loss += accelerator.reduce(loss.detach(), "mean").item() / num_forwards
-                if not math.isfinite(mean_loss):  # it must not reach the weights
-                    last, step = next(reversed(self._checkpoints()), "none"), self.clock.step
-                    raise FloatingPointError(f"step {step}: the loss is {mean_loss}; last checkpoint: {last}")
+                self._require_finite("loss", mean_loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                    grad_norm = float(norm)
+                    if accelerator.mixed_precision != "fp16":  # whose scaler leaves out such a step
+                        self._require_finite("norm of the gradient", grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             num_frames += batch.clean.numel() * accelerator.num_processes
         self.ema.step(self.model.parameters())
-        return mean_loss, float(grad_norm), num_frames
+        return mean_loss, grad_norm, num_frames
+
+    def _require_finite(self, name: str, value: float) -> None:
+        """Stop before a step that would spoil the weights."""
+        if not math.isfinite(value):
+            last = next(reversed(self._checkpoints()), "none")
+            raise FloatingPointError(f"step {self.clock.step}: {name} is {value}; last checkpoint: {last}")
 
     def loss(self, batch: ClipBatch) -> Tensor:
         """Squared error of the velocity of the window's noisy frames."""
@@ -409,14 +419,15 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, name: str) -> None:
-        """Go on from a checkpoint folder, or from the `latest` of the output folder."""
-        checkpoints = self._checkpoints()
-        if name == "latest" and not checkpoints:
-            raise ValueError(f"resume_from={name!r}: {self.output_dir} has no checkpoint")
-        folder = checkpoints[-1] if name == "latest" else Path(name)
-        if not folder.is_dir():
-            raise ValueError(f"resume_from={name!r}: no such folder; expected a checkpoint or latest")
-        self.accelerator.load_state(str(folder))
+        """Go on from a checkpoint folder, or from the `latest` one of the output folder, if there is any."""
+        if name == "latest":
+            folder = next(reversed(self._checkpoints()), None)
+        else:
+            folder = Path(name)
+            if not folder.is_dir():
+                raise ValueError(f"resume_from={name!r} is not a folder; it takes a checkpoint or latest")
+        if folder is not None:
+            self.accelerator.load_state(str(folder))
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.output_dir.glob("checkpoint-*"))

@@ -169,7 +169,7 @@ def check_inputs(
         raise ValueError("actions given to a model without actions (num_actions=None)")
     if num_long_frames and config.long_patch_size is None:
         raise ValueError(
-            f"num_long_frames={num_long_frames}: a base model (long_patch_size=None) has only short-term frames"
+            f"num_long_frames={num_long_frames}: a base model (long_patch_size=None) has only short ones"
         )
     if num_long_frames is not None and not 0 <= num_long_frames <= shape[1]:
         raise ValueError(f"num_long_frames={num_long_frames} must be 0 to {shape[1]}, the frames given")

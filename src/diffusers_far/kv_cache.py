@@ -149,8 +149,7 @@ class FARCache:
         self.clear_short()
 
     def _sync(self) -> None:
-        # Kept as plain numbers and a tensor: a compiled forward that read the lists would be compiled anew for
-        # every frame.
+        # Numbers and a tensor: a compiled forward that read the lists would be compiled anew every frame.
         num_long, num_short = len(self.long_frames), len(self.short_frames)
         self.num_tokens = num_long * self.long_tokens + num_short * self.short_tokens  # of context
         self.next_frame = max(self.long_frames + self.short_frames, default=-1) + 1  # after the latest one

@@ -17,9 +17,11 @@ from torch import Tensor
 from .context_schedule import ContextSchedule
 from .pipeline_inputs import (
     Labels,
-    check_finite,
     check_integer,
     check_number,
+    check_size,
+    check_tensor,
+    empty_videos,
     label_tensor,
     num_videos,
     video_tensor,
@@ -253,6 +255,8 @@ class FARVideoPipeline(DiffusionPipeline):
         latents = torch.cat([self._context_latents, *self._new_latents], dim=1)
         if output_type == "latent":
             return latents
+        if latents.shape[1] == 0:  # interrupted before the first frame
+            return empty_videos(latents, self.vae_scale_factor, output_type)
         frames = [self.decode_latents(latents[:, index]) for index in range(latents.shape[1])]
         return self.video_processor.postprocess_video(torch.stack(frames, dim=2), output_type=output_type)
 
@@ -389,31 +393,26 @@ class FARVideoPipeline(DiffusionPipeline):
         channels = self.transformer.config.in_channels
         multiple = self.frame_multiple // self.vae_scale_factor
         if video_latents is not None:
+            check_tensor("video_latents", video_latents)
             shape = tuple(video_latents.shape)
             if len(shape) != 5 or shape[2] != channels or shape[3] % multiple or shape[4] % multiple:
                 takes = f"[B, T, {channels}, h, w] with h and w multiples of {multiple}"
                 raise ValueError(f"video_latents has shape {shape}; it takes {takes}")
-            check_finite("video_latents", video_latents)
             return video_latents.to(self._execution_device, torch.float32)
-        height, width = height or self.config.sample_size, width or self.config.sample_size
+        height, width = (self.config.sample_size if size is None else size for size in (height, width))
         if height is None or width is None:
             raise ValueError(f"height={height} and width={width} are needed when no video is given")
-        self._check_size(height, width)
+        check_size(height, width, self.frame_multiple)
         check_integer("batch_size", batch_size, minimum=1)
         batch_size = max(batch_size, num_videos(class_labels, 0), num_videos(actions, 1))
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         return torch.zeros(batch_size, 0, channels, *size, device=self._execution_device)
 
-    def _check_size(self, height: int, width: int) -> None:
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.frame_multiple:
-                raise ValueError(f"{name}={size} must be a positive multiple of {self.frame_multiple} pixels")
-
     def encode_video(self, video: Any, height: int | None = None, width: int | None = None) -> Tensor:
         """Scaled latents `[B, T, C, h, w]` of a video as in a call; each frame is encoded alone."""
-        height, width = height or self.config.sample_size, width or self.config.sample_size
+        height, width = (self.config.sample_size if size is None else size for size in (height, width))
         frames = video_tensor(video, height, width)
-        self._check_size(*frames.shape[-2:])
+        check_size(frames.shape[-2], frames.shape[-1], self.frame_multiple)
         device, dtype = self._execution_device, self.vae.dtype
         latents = [
             self.vae.encode(frame.to(device, dtype) * 2 - 1).latent.float() for frame in frames.unbind(1)
@@ -443,7 +442,7 @@ class FARVideoPipeline(DiffusionPipeline):
         shape, device = (context.shape[0], num_new_frames, *context.shape[2:]), self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        check_tensor("latents", latents)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; it takes {shape}")
-        check_finite("latents", latents)
         return latents.to(device, torch.float32)

@@ -58,7 +58,12 @@ def video_tensor(video: Any, height: int | None, width: int | None) -> Tensor:
             raise ValueError(
                 f"video has videos of {[len(frames) for frames in video]} frames; they must be equally long"
             )
-        video = np.stack([_stack_images(frames) for frames in video])
+        arrays = [_stack_images(frames) for frames in video]
+        if len({array.shape for array in arrays}) > 1:
+            raise ValueError(
+                f"video has videos of shapes {[array.shape for array in arrays]}; they must be equal"
+            )
+        video = np.stack(arrays)
     if isinstance(video, np.ndarray):
         video = _array_tensor(video)
     if not isinstance(video, Tensor):
@@ -74,11 +79,13 @@ def video_tensor(video: Any, height: int | None, width: int | None) -> Tensor:
     check_finite("video", video)
     if video.min() < 0 or video.max() > 1:
         raise ValueError(f"video has values from {video.min():.3g} to {video.max():.3g}; it takes [0, 1]")
-    return _resize(video.float(), height or video.shape[-2], width or video.shape[-1])
+    height, width = video.shape[-2] if height is None else height, video.shape[-1] if width is None else width
+    check_size(height, width, multiple=1)
+    return _resize(video.float(), height, width)
 
 
 def _stack_images(images: Sequence[Image.Image]) -> np.ndarray:
-    if not all(isinstance(image, Image.Image) for image in images):
+    if not images or not all(isinstance(image, Image.Image) for image in images):
         raise ValueError(
             f"video holds {sorted({type(image).__name__ for image in images})}; it takes {_VIDEO_FORMS}"
         )
@@ -118,6 +125,29 @@ def check_number(name: str, value: Any, takes: str) -> None:
         raise ValueError(f"{name}={value!r} must be {takes}")
 
 
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raise a ValueError unless both are positive multiples of `multiple`."""
+    for name, size in (("height", height), ("width", width)):
+        if not isinstance(size, int) or size < 1 or size % multiple:
+            raise ValueError(f"{name}={size} must be a positive multiple of {multiple} pixels")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is a tensor of finite values."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; it takes a tensor")
+    check_finite(name, value)
+
+
+def empty_videos(latents: Tensor, scale: int, output_type: str) -> Any:
+    """Videos without frames, of the batch and size of `latents` `[B, 0, C, h, w]`."""
+    height, width = latents.shape[-2] * scale, latents.shape[-1] * scale
+    pixels = torch.zeros(latents.shape[0], 0, 3, height, width, device=latents.device)
+    if output_type == "pil":
+        return [[] for _ in range(latents.shape[0])]
+    return pixels.movedim(2, -1).cpu().numpy() if output_type == "np" else pixels
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise a ValueError when a tensor holds NaN or infinite values."""
     if not torch.isfinite(tensor).all():
@@ -148,12 +178,11 @@ def label_tensor(
         raise ValueError(f"{name}={labels!r} cannot be read as integers of shape {list(shape)}") from error
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {values.dtype}; it takes integers")
+    given = tuple(values.shape)
     if values.ndim == len(shape) - 1:
         values = values.expand(shape[0], *values.shape)
     if tuple(values.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}; it takes {list(shape)}, or {list(shape[1:])} for all"
-        )
+        raise ValueError(f"{name} has shape {given}; it takes {list(shape)}, or {list(shape[1:])} for all")
     values = values.to(device=device, dtype=torch.long)
     if values.numel() and (int(values.min()) < -1 or int(values.max()) > num_labels):
         raise ValueError(
@@ -167,5 +196,8 @@ def num_videos(labels: Labels | None, ndim: int) -> int:
     """How many videos labels of `ndim` dimensions per video speak of; 1 if they do not say."""
     if labels is None:
         return 1
-    shape = labels.shape if isinstance(labels, Tensor | np.ndarray) else np.shape(labels)
+    try:
+        shape = labels.shape if isinstance(labels, Tensor | np.ndarray) else np.shape(labels)
+    except ValueError:  # ragged: `label_tensor` names the argument
+        return 1
     return shape[0] if len(shape) > ndim else 1

@@ -260,19 +260,14 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
     ) -> None:
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(axis % 2 for axis in axes_dims_rope):
-            raise ValueError(
-                f"axes_dims_rope={tuple(axes_dims_rope)} sums to {sum(axes_dims_rope)}; it must be even numbers "
-                f"that sum to attention_head_dim={attention_head_dim}"
-            )
-        counts = {"patch_size": patch_size, "num_layers": num_layers, "short_window": short_window}
-        counts |= {"long_patch_size": long_patch_size, "num_classes": num_classes, "num_actions": num_actions}
-        for name, count in counts.items():
+            raise ValueError(f"{axes_dims_rope=} must be even numbers that sum to {attention_head_dim=}")
+        counts = [patch_size, long_patch_size, num_layers, num_classes, num_actions, short_window]
+        names = ["patch_size", "long_patch_size", "num_layers", "num_classes", "num_actions", "short_window"]
+        for name, count in zip(names, counts, strict=True):
             if count is not None and count < 1:
                 raise ValueError(f"{name}={count} must be at least 1")
         if long_patch_size is not None and long_patch_size % patch_size:
-            raise ValueError(
-                f"long_patch_size={long_patch_size} must be a multiple of patch_size={patch_size}"
-            )
+            raise ValueError(f"{long_patch_size=} must be a multiple of {patch_size=}")
         dim = num_attention_heads * attention_head_dim
         is_long = long_patch_size is not None
         self.out_channels = out_channels or in_channels
@@ -366,7 +361,8 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         Returns:
             `sample` `[B, F - num_long_frames, out_channels, H, W]`.
         """
-        check_inputs(self.config, hidden_states, timestep, class_labels, actions, frame_positions, num_long_frames)
+        conditions = (timestep, class_labels, actions)
+        check_inputs(self.config, hidden_states, *conditions, frame_positions, num_long_frames)
         num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
         if num_long_frames is None:
             num_long_frames = 0 if cache is not None else split_frames(num_frames, self.short_window)[0]

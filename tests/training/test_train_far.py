@@ -133,7 +133,7 @@ def test_the_loss_falls_and_the_weights_load(latents: Path, tmp_path: Path, kind
 
 @pytest.mark.parametrize("kind", [[], LONG], ids=["base", "long"])
 def test_a_killed_run_resumes_to_the_same_weights(latents: Path, tmp_path: Path, kind: list[str]) -> None:
-    more = [*kind, "--max_train_steps", "60", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+    more = [*kind, "--max_train_steps", "30", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
     run(options(latents, tmp_path / "unbroken", *more))
 
     command = options(latents, tmp_path / "broken", *more)
@@ -144,7 +144,7 @@ def test_a_killed_run_resumes_to_the_same_weights(latents: Path, tmp_path: Path,
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert read_log(tmp_path / "broken")[-1]["step"] < 60
+    assert read_log(tmp_path / "broken")[-1]["step"] < 30
 
     run([*command, "--resume_from", "latest"])
     expected = weights(tmp_path / "unbroken")
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(latents: Path, tmp_path: Path) 
     trainer = Trainer(*parse_arguments(options(latents, tmp_path, "--save_steps", "2")))
     loss = trainer.loss
     trainer.loss = lambda batch: loss(batch) * (math.nan if trainer.clock.step == 3 else 1)
-    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.*checkpoint-0000002"):
+    with pytest.raises(FloatingPointError, match=r"step 3: loss is nan.*checkpoint-0000002"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000002"]
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -236,7 +236,7 @@ def test_the_shipped_recipe_is_valid(repository: Path) -> None:
         (["--axes_dims_rope", "4", "4", "4"], "axes_dims_rope"),
         (["--num_classes", "5"], "num_classes=5: .* has no class labels"),
         (["--latents", "nowhere"], r"nowhere.* has no \*.safetensors"),
-        (["--resume_from", "latest"], "resume_from='latest': .* has no checkpoint"),
+        (["--resume_from", "nowhere"], "resume_from='nowhere' is not a folder"),
         (["--lr_scheduler", "zigzag"], "zigzag"),
     ],
 )

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from datasets import Video, load_dataset
+
+from diffusers_far import read_video
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +39,6 @@ def list_episodes(data: str | Path, split: str) -> list[Episode]:
         actions = row.get("actions")
         episodes.append(Episode(Path(row["video"]["path"]), None if actions is None else tuple(actions)))
     return sorted(episodes, key=lambda episode: episode.video)
-
-
-def read_video(file: str | Path) -> np.ndarray:
-    """All frames of a video: uint8 [T, H, W, 3], RGB."""
-    try:
-        with av.open(str(file)) as container:
-            reformatter = VideoReformatter()  # one for all frames: setting it up costs more than a frame
-            frames = [
-                reformatter.reformat(frame, format="rgb24").to_ndarray()
-                for frame in container.decode(video=0)
-            ]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{file}: not a video that can be decoded: {error}") from error
-    if not frames:
-        raise ValueError(f"{file}: the video has no frames")
-    return np.stack(frames)
 
 
 def load_frames(videos: Sequence[Path], cache_dir: str | Path) -> np.ndarray:

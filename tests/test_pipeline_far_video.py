@@ -1,0 +1,372 @@
+"""FARVideoPipeline: what goes in and comes out of a call, a stream and a rollout."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusers_far import ContextSchedule, FARVideoPipeline
+from tests.tiny_models import generator, latents, long_transformer, max_error, pipeline, transformer
+
+STEPS = 3
+
+
+@pytest.fixture
+def pipe() -> FARVideoPipeline:
+    return pipeline(transformer(num_actions=4))
+
+
+@pytest.fixture
+def class_pipe() -> FARVideoPipeline:
+    return pipeline(transformer(num_classes=5))
+
+
+def call(pipe: FARVideoPipeline, **arguments: Any) -> Any:
+    """Frames of a short call."""
+    return pipe(**{"num_frames": 4, "generator": generator(), "output_type": "latent"} | arguments).frames
+
+
+def test_generation_from_nothing(pipe: FARVideoPipeline) -> None:
+    frames = call(pipe, batch_size=2, height=32, width=96)
+    assert frames.shape == (2, 4, 4, 4, 12)
+    assert frames.dtype == torch.float32
+    assert call(pipe, num_frames=1).shape == (1, 1, 4, 8, 8)
+
+
+def test_defaults_come_from_the_checkpoint() -> None:
+    pipe = pipeline(num_inference_steps=2, sample_size=32, flex_rope_slope=0.3)
+    frames = call(pipe)
+    assert frames.shape == (1, 4, 4, 4, 4)
+    assert pipe.num_timesteps == 2
+    assert torch.equal(
+        frames, call(pipeline(), height=32, width=32, num_inference_steps=2, flex_rope_slope=0.3)
+    )
+    assert max_error(frames, call(pipe, flex_rope_slope=0.0)) > 1e-4
+
+
+def test_output_types_agree(pipe: FARVideoPipeline) -> None:
+    outputs = {kind: call(pipe, output_type=kind, batch_size=2) for kind in ("pil", "np", "pt", "latent")}
+    assert outputs["latent"].shape == (2, 4, 4, 8, 8)
+    assert outputs["pt"].shape == (2, 4, 3, 64, 64)
+    assert outputs["np"].shape == (2, 4, 64, 64, 3)
+    assert [len(video) for video in outputs["pil"]] == [4, 4]
+    assert all(frame.size == (64, 64) for video in outputs["pil"] for frame in video)
+    assert 0 <= outputs["pt"].min() < outputs["pt"].max() <= 1
+    np.testing.assert_array_equal(outputs["np"], outputs["pt"].permute(0, 1, 3, 4, 2).numpy())
+    images = np.stack([[np.asarray(frame) for frame in video] for video in outputs["pil"]])
+    np.testing.assert_array_equal(images, (outputs["np"] * 255).round().astype(np.uint8))
+    decoded = torch.stack([pipe.decode_latents(frame) for frame in outputs["latent"].unbind(1)], dim=1)
+    assert max_error((decoded / 2 + 0.5).clamp(0, 1), outputs["pt"]) <= 1e-6
+
+
+def test_frames_of_a_video_are_decoded_in_order(pipe: FARVideoPipeline) -> None:
+    context = latents(2, 3)
+    frames = call(pipe, video_latents=context, output_type="pt")
+    for video, frame in itertools.product(range(2), range(3)):
+        decoded = pipe.decode_latents(context[video : video + 1, frame])
+        assert max_error((decoded[0] / 2 + 0.5).clamp(0, 1), frames[video, frame]) <= 1e-5
+
+
+def test_return_dict(pipe: FARVideoPipeline) -> None:
+    result = pipe(num_frames=2, generator=generator(), output_type="latent", return_dict=False)
+    assert isinstance(result, tuple) and torch.equal(result[0], call(pipe, num_frames=2))
+
+
+def test_use_cache_changes_nothing() -> None:
+    pipe = pipeline(long_transformer(num_actions=4))
+    arguments = {"num_frames": 9, "actions": [1, 2, 3] * 3, "guidance_scale": 1.5}
+    assert max_error(call(pipe, **arguments), call(pipe, **arguments, use_cache=False)) <= 1e-5
+
+
+def test_a_context_schedule_reaches_the_rollout(pipe: FARVideoPipeline) -> None:
+    bounded = call(pipe, num_frames=6, context_schedule=ContextSchedule(max_short_frames=2))
+    assert max_error(bounded, call(pipe, num_frames=6)) > 1e-4
+
+
+def test_given_noise_is_used_frame_by_frame(pipe: FARVideoPipeline) -> None:
+    noise = latents(2, 3)
+    context = latents(2, 1, seed=7)
+    frames = call(pipe, video_latents=context, latents=noise, generator=None)
+    assert torch.equal(frames[:, :1], context)
+    changed = noise.clone()
+    changed[:, 2] += 1
+    again = call(pipe, video_latents=context, latents=changed, generator=None)
+    assert torch.equal(again[:, :3], frames[:, :3])
+    assert max_error(again[:, 3], frames[:, 3]) > 1e-3
+    assert torch.equal(noise, latents(2, 3))
+
+
+def test_a_batch_is_its_videos(class_pipe: FARVideoPipeline) -> None:
+    noise = latents(3, 4)
+    arguments = {"guidance_scale": 2.0, "generator": None}
+    together = call(class_pipe, class_labels=[0, 4, 2], latents=noise, **arguments)
+    for index, label in enumerate((0, 4, 2)):
+        alone = call(class_pipe, class_labels=label, latents=noise[index : index + 1], **arguments)
+        assert max_error(together[index : index + 1], alone) <= 1e-5
+
+
+def test_one_generator_per_video(pipe: FARVideoPipeline) -> None:
+    together = call(pipe, batch_size=2, generator=[generator(5), generator(6)])
+    for index, seed in enumerate((5, 6)):
+        assert max_error(together[index : index + 1], call(pipe, generator=generator(seed))) <= 1e-5
+    assert max_error(together[:1], together[1:]) > 0.1
+
+
+def test_forms_of_class_labels(class_pipe: FARVideoPipeline) -> None:
+    expected = call(class_pipe, class_labels=torch.tensor([2, 2]))
+    for form in (
+        [2, 2],
+        (2, 2),
+        np.array([2, 2]),
+        np.array([2, 2], dtype=np.int32),
+        torch.tensor([2, 2]).int(),
+    ):
+        assert torch.equal(call(class_pipe, class_labels=form), expected)
+    for form in (2, np.int64(2), torch.tensor(2)):
+        assert torch.equal(call(class_pipe, class_labels=form, batch_size=2), expected)
+    assert call(class_pipe, class_labels=2).shape[0] == 1
+    assert max_error(call(class_pipe, class_labels=[2, 3])[0], expected[0]) <= 1e-6
+    assert max_error(call(class_pipe, class_labels=[2, 3])[1], expected[1]) > 1e-4
+
+
+def test_forms_of_actions(pipe: FARVideoPipeline) -> None:
+    row = [0, 1, 2, 3]
+    expected = call(pipe, actions=torch.tensor([row, row]))
+    for form in ([row, row], np.array([row, row]), (tuple(row), tuple(row)), torch.tensor([row, row]).int()):
+        assert torch.equal(call(pipe, actions=form), expected)
+    for form in (row, tuple(row), np.array(row), torch.tensor(row)):
+        assert torch.equal(call(pipe, actions=form, batch_size=2), expected)
+        assert call(pipe, actions=form).shape[0] == 1
+    different = call(pipe, actions=[row, [0, 1, 2, 2]])
+    assert torch.equal(different[0], expected[0]) and torch.equal(different[1, :3], expected[1, :3])
+    assert max_error(different[1, 3], expected[1, 3]) > 1e-4
+
+
+def test_the_action_of_a_frame_leads_to_it(pipe: FARVideoPipeline) -> None:
+    """Also those of the context matter, each at its frame."""
+    context, row = latents(1, 2), [0, 1, 2, 3, 0]
+    expected = call(pipe, num_frames=5, video_latents=context, actions=row)
+    for index, first_changed in ((4, 4), (3, 3), (2, 2), (1, 2), (0, 2)):
+        changed = list(row)
+        changed[index] = 1 if row[index] != 1 else 2
+        frames = call(pipe, num_frames=5, video_latents=context, actions=changed)
+        assert torch.equal(frames[:, :first_changed], expected[:, :first_changed])
+        assert max_error(frames[:, first_changed], expected[:, first_changed]) > 1e-5
+
+
+@pytest.mark.parametrize("null", [-1, 4, [-1, 4, 4, -1], torch.full((1, 4), -1)], ids=str)
+def test_null_actions_are_the_same(pipe: FARVideoPipeline, null: Any) -> None:
+    actions = [null] * 4 if isinstance(null, int) else null
+    assert torch.equal(call(pipe, actions=actions), call(pipe))
+
+
+def test_null_labels_are_the_same(class_pipe: FARVideoPipeline) -> None:
+    expected = call(class_pipe)
+    for null in (-1, 5, [-1], [5], torch.tensor([-1])):
+        assert torch.equal(call(class_pipe, class_labels=null), expected)
+    assert torch.equal(call(class_pipe, class_labels=3, guidance_scale=0), expected)
+    assert max_error(call(class_pipe, guidance_scale=3.0), expected) <= 1e-5  # null against null
+    assert max_error(call(class_pipe, class_labels=3), expected) > 1e-4
+
+
+def test_guidance(class_pipe: FARVideoPipeline) -> None:
+    null, plain, guided = (call(class_pipe, class_labels=3, guidance_scale=scale) for scale in (0, 1, 2.5))
+    assert class_pipe.guidance_scale == 2.5 and class_pipe.do_classifier_free_guidance
+    assert max_error(null, plain) > 1e-4 and max_error(guided, plain) > 1e-4
+    assert max_error(call(class_pipe, class_labels=3, guidance_scale=1.0 + 1e-7), plain) <= 1e-4
+
+
+def test_the_callback_gets_every_step(pipe: FARVideoPipeline) -> None:
+    seen = []
+
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert owner is pipe and tensors["latents"].shape == (1, 1, 4, 8, 8)
+        seen.append((step, -(-timestep.item() // 1)))
+        return tensors
+
+    frames = call(pipe, video_latents=latents(1, 2), callback_on_step_end=callback)
+    assert seen == list(zip(range(2 * STEPS), [1000, 501, 1] * 2, strict=True))
+    assert torch.equal(frames, call(pipe, video_latents=latents(1, 2)))
+
+
+@pytest.mark.parametrize("returned", [None, {}])
+def test_a_callback_may_return_nothing_and_ask_for_nothing(pipe: FARVideoPipeline, returned: Any) -> None:
+    asked = []
+
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> Any:
+        asked.append(dict(tensors))
+        return returned
+
+    frames = call(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    assert torch.equal(frames, call(pipe)) and asked == [{}] * 4 * STEPS
+
+
+def test_a_callback_changes_latents(pipe: FARVideoPipeline) -> None:
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        last_of_first_frame = step == STEPS - 1
+        return {"latents": torch.zeros_like(tensors["latents"])} if last_of_first_frame else tensors
+
+    frames, plain = call(pipe, callback_on_step_end=callback), call(pipe)
+    assert torch.equal(frames[:, 0], torch.zeros_like(frames[:, 0]))
+    assert max_error(frames[:, 1], plain[:, 1]) > 1e-5  # sees the changed frame
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 7])
+def test_an_interrupted_call_returns_complete_frames(pipe: FARVideoPipeline, stop: int) -> None:
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        owner._interrupt = step == stop
+        return tensors
+
+    expected, context = call(pipe, num_frames=6, video_latents=latents(1, 2)), latents(1, 2)
+    frames = call(pipe, num_frames=6, video_latents=context, callback_on_step_end=callback)
+    # Interrupted within frame stop // 3, unless the step was its last one.
+    assert frames.shape[1] in {2 + stop // STEPS, 2 + (stop + 1) // STEPS}
+    assert torch.equal(frames, expected[:, : frames.shape[1]])
+    assert torch.equal(call(pipe, num_frames=6, video_latents=context), expected)  # the next call is whole
+
+
+def test_a_call_interrupted_before_its_first_frame_is_done(pipe: FARVideoPipeline) -> None:
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        owner._interrupt = True
+        return tensors
+
+    for kind in ("latent", "pt", "np", "pil"):
+        frames = call(pipe, callback_on_step_end=callback, output_type=kind)
+        assert len(frames) == 1 and len(frames[0]) == 0
+
+
+def test_an_exception_leaves_the_frames_so_far(pipe: FARVideoPipeline) -> None:
+    def callback(owner: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2 * STEPS + 1:
+            raise KeyboardInterrupt
+        return tensors
+
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, callback_on_step_end=callback)
+    expected = call(pipe)[:, :2]
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, callback_on_step_end=callback)
+    assert torch.equal(pipe.frames_so_far("latent"), expected)
+    assert pipe.frames_so_far("pt").shape == (1, 2, 3, 64, 64)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    pipe = pipeline(long_transformer(num_actions=4), flex_rope_slope=0.2)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "FARVideoPipeline"
+    assert index["transformer"] == ["diffusers_far", "FARTransformer3DModel"]
+    loaded = FARVideoPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    settings = ("flex_rope_slope", "num_inference_steps", "sample_size")
+    assert [loaded.config[name] for name in settings] == [0.2, STEPS, 64]
+    assert torch.equal(call(loaded, num_frames=7), call(pipe, num_frames=7))
+
+
+@pytest.mark.parametrize("model", [transformer, long_transformer])
+def test_bfloat16(model: Any) -> None:
+    pipe = pipeline(model(num_actions=4))
+    noise = latents(1, 6)
+    expected = call(pipe, num_frames=6, latents=noise)
+    found = call(pipe.to(torch.bfloat16), num_frames=6, latents=noise)
+    assert found.dtype == torch.float32  # latents are kept in full precision
+    assert 0 < max_error(found, expected) < 0.1 * expected.abs().max().item()
+    assert call(pipe, output_type="pt").dtype == torch.float32
+    assert pipe.encode_video(torch.rand(2, 3, 64, 64)).dtype == torch.float32
+
+
+def test_stream_makes_a_frame_per_action_as_they_come(pipe: FARVideoPipeline) -> None:
+    taken = []
+
+    def player() -> Any:
+        for action in (0, 3, None, [2]):
+            taken.append(action)
+            yield action
+
+    stream = pipe.stream(actions=player(), generator=generator(), output_type="latent")
+    assert taken == []
+    frames = [next(stream)]
+    assert taken == [0]
+    frames += list(stream)
+    assert taken == [0, 3, None, [2]] and len(frames) == 4
+
+    rollout = pipe.rollout(generator=generator(), output_type="latent")
+    assert torch.equal(torch.stack(frames), torch.stack([rollout.step(action) for action in taken]))
+
+
+def test_stream_without_actions(pipe: FARVideoPipeline) -> None:
+    assert len(list(pipe.stream(num_new_frames=3, output_type="latent"))) == 3
+    assert len(list(pipe.stream(num_new_frames=2, actions=itertools.repeat(1), output_type="latent"))) == 2
+    assert len(list(pipe.stream(actions=[], output_type="latent"))) == 0
+    assert len(list(itertools.islice(pipe.stream(output_type="latent"), 4))) == 4
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+def test_frames_of_a_rollout(pipe: FARVideoPipeline, kind: str) -> None:
+    frame = pipe.rollout(output_type=kind, batch_size=2).step(1)
+    if kind == "pil":
+        assert [image.size for image in frame] == [(64, 64)] * 2
+    else:
+        shapes = {"np": (2, 64, 64, 3), "pt": (2, 3, 64, 64), "latent": (2, 4, 8, 8)}
+        assert frame.shape == shapes[kind]
+
+
+def test_a_rollout_is_a_call(pipe: FARVideoPipeline) -> None:
+    noise, context = latents(1, 3), latents(1, 2)
+    called = call(pipe, num_frames=5, video_latents=context, actions=[3, 2, 1, 0, 1], latents=noise)
+    rollout = pipe.rollout(video_latents=context, context_actions=[3, 2], output_type="latent")
+    made = [
+        rollout.step_latents(torch.tensor([action]), noise[:, index : index + 1])
+        for index, action in enumerate((1, 0, 1))
+    ]
+    assert torch.equal(torch.cat(made, dim=1), called[:, 2:])
+
+
+def test_two_rollouts_of_a_pipeline_take_turns(pipe: FARVideoPipeline) -> None:
+    alone = [pipe.rollout(generator=generator(seed), output_type="latent") for seed in (1, 2)]
+    expected = [[rollout.step(1) for _ in range(3)] for rollout in alone]
+    together = [pipe.rollout(generator=generator(seed), output_type="latent") for seed in (1, 2)]
+    for index in range(3):
+        for rollout, frames in zip(together, expected, strict=True):
+            assert torch.equal(rollout.step(1), frames[index])
+
+
+def test_progress_bar(capfd: pytest.CaptureFixture[str], pipe: FARVideoPipeline) -> None:
+    call(pipe)
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    call(pipe)
+    shown = capfd.readouterr().err
+    assert "frames" in shown and "4/4" in shown
+
+
+def test_components_are_not_changed(pipe: FARVideoPipeline) -> None:
+    before = pipe.scheduler.timesteps.clone()
+    call(pipe, num_inference_steps=7)
+    assert torch.equal(pipe.scheduler.timesteps, before)
+
+
+@pytest.mark.parametrize("model", [transformer, long_transformer])
+def test_group_offload(model: Any) -> None:
+    pipe = pipeline(model(num_actions=4))
+    expected = call(pipe, num_frames=6, output_type="pt")
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert max_error(call(pipe, num_frames=6, output_type="pt"), expected) <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload(method: str) -> None:
+    pipe, noise = pipeline(long_transformer(num_actions=4)), latents(1, 7)
+    expected = call(pipe, num_frames=7, latents=noise)
+    getattr(pipe, method)()
+    assert max_error(call(pipe, num_frames=7, latents=noise).cpu(), expected) <= 1e-3
+    assert pipe.transformer.device.type in ("cpu", "meta")
+    frames = pipe.frames_so_far("pil")
+    assert isinstance(frames[0][0], Image.Image)

@@ -1,0 +1,400 @@
+"""FARTransformer3DModel: shapes, causality, conditions, and what diffusers and torch offer for any model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from diffusers_far import FARTransformer3DModel, transformer_far
+from diffusers_far.transformer_far import FARAttention, FARAttnProcessor
+from tests.tiny_models import SIZE, generator, latents, long_transformer, max_error, pipeline, transformer
+
+BASE = {"num_classes": 5, "num_actions": 4}
+MODELS = {"base": lambda **config: transformer(**BASE | config)} | {
+    "long": lambda **config: long_transformer(**BASE | config)
+}
+both = pytest.mark.parametrize("name", MODELS)
+
+
+def inputs(num_frames: int = 7) -> dict[str, Tensor]:
+    """Two videos: a clean frame, then noisy ones."""
+    timestep = torch.linspace(0, 1000, 2 * num_frames).reshape(2, num_frames)
+    timestep[:, 0] = -1.0
+    return {
+        "hidden_states": latents(2, num_frames),
+        "timestep": timestep,
+        "class_labels": torch.tensor([1, 4]),
+        "actions": torch.arange(2 * num_frames).reshape(2, num_frames) % 4,
+    }
+
+
+@torch.no_grad()
+def run(model: FARTransformer3DModel, **changes: Any) -> Tensor:
+    return model(**inputs() | changes).sample
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "num_out"),
+    [("base", 1, 1), ("base", 7, 7), ("long", 1, 1), ("long", 4, 4), ("long", 7, 4)],
+)
+@pytest.mark.parametrize("grid", [(8, 8), (4, 12)])
+def test_output_shapes(name: str, num_frames: int, num_out: int, grid: tuple[int, int]) -> None:
+    model = MODELS[name](out_channels=6)
+    frames = torch.randn(2, num_frames, 4, *grid, generator=generator())
+    timestep = torch.full((2, num_frames), 500.0)
+    sample = model(frames, timestep).sample
+    assert sample.shape == (2, num_out, 6, *grid)
+    assert torch.equal(model(frames, timestep, return_dict=False)[0], sample)
+
+
+@both
+def test_a_new_model_predicts_zeros(name: str) -> None:
+    config = SIZE | BASE | ({"long_patch_size": 4, "short_window": 4} if name == "long" else {})
+    model = FARTransformer3DModel(**config)
+    assert torch.equal(run(model), torch.zeros(2, 7 if name == "base" else 4, 4, 8, 8))
+    assert model.x_embedder.weight.detach().std() > 0.1
+    assert model.class_embedder.weight.detach().std().item() == pytest.approx(0.02, rel=0.3)
+    assert model.class_embedder.num_embeddings == 6 and model.action_embedder.num_embeddings == 5
+
+
+@pytest.mark.parametrize("flex_rope_slope", [0.0, 0.3])
+@both
+def test_a_frame_sees_itself_and_earlier_frames(name: str, flex_rope_slope: float) -> None:
+    model = MODELS[name]()
+    expected = run(model, flex_rope_slope=flex_rope_slope)
+    first = 7 - expected.shape[1]
+    for frame in range(7):
+        frames, timestep, actions = (
+            inputs()[key].clone() for key in ("hidden_states", "timestep", "actions")
+        )
+        frames[:, frame] += 1
+        timestep[:, frame] = 333.0
+        actions[:, frame] = -1
+        sample = run(
+            model,
+            hidden_states=frames,
+            timestep=timestep,
+            actions=actions,
+            flex_rope_slope=flex_rope_slope,
+        )
+        seen_by = max(frame - first, 0)
+        assert torch.equal(sample[:, :seen_by], expected[:, :seen_by])
+        assert all(max_error(sample[:, late], expected[:, late]) > 1e-5 for late in range(seen_by, 7 - first))
+
+
+@both
+def test_videos_of_a_batch_are_independent(name: str) -> None:
+    model = MODELS[name]()
+    alone = run(model, **{key: value[1:] for key, value in inputs().items()})
+    assert max_error(run(model)[1:], alone) <= 1e-5
+
+
+@both
+def test_null_conditions_are_the_same(name: str) -> None:
+    model = MODELS[name]()
+    expected = run(model, class_labels=None, actions=None)
+    for label, action in ((-1, -1), (5, 4), (-1, 4)):
+        labels, actions = torch.full((2,), label), torch.full((2, 7), action)
+        assert torch.equal(run(model, class_labels=labels, actions=actions), expected)
+    assert max_error(run(model), expected) > 1e-3
+
+
+@both
+def test_each_condition_matters(name: str) -> None:
+    model = MODELS[name]()
+    changed = {
+        "class_labels": torch.tensor([1, 3]),
+        "actions": inputs()["actions"] ^ 1,
+        "timestep": inputs()["timestep"] + 1,
+        "flex_rope_slope": 0.5,
+        "rope_interpolation": 2.0,
+        "frame_positions": torch.arange(7) * 2,
+    }
+    for argument, value in changed.items():
+        assert max_error(run(model, **{argument: value})[1], run(model)[1]) > 1e-5, argument
+
+
+@both
+def test_only_distances_between_frames_matter(name: str) -> None:
+    model = MODELS[name]()
+    moved = run(model, frame_positions=torch.arange(7) + 40, flex_rope_slope=0.2)
+    assert max_error(moved, run(model, flex_rope_slope=0.2)) <= 1e-4
+
+
+def test_interpolation_divides_positions_but_not_the_decay() -> None:
+    model = transformer(**BASE)
+    halved = run(model, frame_positions=torch.arange(7) / 2)
+    assert max_error(run(model, rope_interpolation=2.0), halved) <= 1e-5
+    with_slope = run(model, rope_interpolation=2.0, flex_rope_slope=0.2)
+    assert max_error(with_slope, run(model, frame_positions=torch.arange(7) / 2, flex_rope_slope=0.4)) <= 1e-5
+
+
+@both
+def test_training_mode_changes_nothing(name: str) -> None:
+    model = MODELS[name]()
+    assert torch.equal(run(model.train()), run(model.eval()))
+
+
+def gradients(model: FARTransformer3DModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs()).sample.square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@both
+def test_gradient_checkpointing(name: str) -> None:
+    model = MODELS[name]().train()
+    expected = gradients(model)
+    calls = []
+    model.enable_gradient_checkpointing()
+    checkpoint = model._gradient_checkpointing_func
+    model._gradient_checkpointing_func = lambda *args: calls.append(args) or checkpoint(*args)
+    found = gradients(model)
+    assert len(calls) == 2  # blocks
+    assert found.keys() == expected.keys()
+    assert max(max_error(found[key], expected[key]) for key in expected) <= 1e-6
+
+
+@both
+def test_every_parameter_is_trained(name: str) -> None:
+    unused = [key for key, gradient in gradients(MODELS[name]()).items() if not gradient.abs().max() > 0]
+    # Nothing reads the long-term tokens after the last layer; the published files have their queries.
+    last = "transformer_blocks.1.attn"
+    assert unused == (
+        [f"{last}.{part}" for part in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")]
+        if name == "long"
+        else []
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = MODELS[name]()
+    expected = run(model)
+    model = model.to(dtype)
+    sample = run(model, hidden_states=inputs()["hidden_states"].to(dtype))
+    assert sample.dtype == dtype
+    assert max_error(sample, expected) <= 0.05 * expected.abs().max().item()
+
+
+@both
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    loaded = FARTransformer3DModel.from_pretrained(tmp_path)
+    different = [key for key in model.config if key[0] != "_" and loaded.config[key] != model.config[key]]
+    assert different == ["axes_dims_rope"]  # JSON has no tuples
+    assert tuple(loaded.config.axes_dims_rope) == model.config.axes_dims_rope
+    assert torch.equal(run(loaded), run(model))
+
+
+@both
+def test_fused_projections(name: str) -> None:
+    model = MODELS[name]()
+    expected = run(model)
+    model.fuse_qkv_projections()
+    assert all(block.attn.fused_projections for block in model.transformer_blocks)
+    for block in model.transformer_blocks:
+        block.attn.to_q = None  # not used any more
+    assert max_error(run(model), expected) <= 1e-5
+
+
+def test_unfused_projections() -> None:
+    model = long_transformer(**BASE)
+    expected = run(model)
+    model.fuse_qkv_projections()
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(model), expected)
+
+
+@both
+def test_attention_backends_and_processors(name: str) -> None:
+    model = MODELS[name]()
+    expected = run(model)
+    assert len(model.attn_processors) == 2
+    assert all(isinstance(processor, FARAttnProcessor) for processor in model.attn_processors.values())
+    model.set_attention_backend("native")
+    assert {processor._attention_backend for processor in model.attn_processors.values()} == {"native"}
+    assert torch.equal(run(model), expected)
+    model.reset_attention_backend()
+    model.set_attn_processor(FARAttnProcessor())
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("with_slope", [False, True])
+@both
+def test_compiled_as_one_graph(name: str, with_slope: bool) -> None:
+    model, slope = MODELS[name](num_layers=1), 0.2 * with_slope
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        sample = compiled(**inputs(), flex_rope_slope=slope).sample
+    assert max_error(sample, run(model, flex_rope_slope=slope)) <= 1e-5
+
+
+@pytest.mark.parametrize("regional", [True, False], ids=["blocks", "model"])
+@both
+def test_a_compiled_model_samples_without_compiling_every_frame(name: str, regional: bool) -> None:
+    """Past torch's limit of 8 recompilations a full graph is an error."""
+    model = MODELS[name](num_layers=1)
+    pipe = pipeline(model, num_inference_steps=1)
+    arguments = {"num_frames": 13, "latents": latents(1, 13), "output_type": "latent", "flex_rope_slope": 0.1}
+    expected = pipe(**arguments).frames
+    torch.compiler.reset()
+    if regional:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:
+        model.compile(fullgraph=True, backend="eager")
+    assert max_error(pipe(**arguments).frames, expected) <= 1e-5
+
+
+def test_compiled_with_gradients() -> None:
+    model = transformer(num_layers=1, **BASE)
+    expected = gradients(model)
+    torch.compiler.reset()
+    model.compile(fullgraph=True, backend="aot_eager")
+    found = gradients(model)
+    assert max(max_error(found[key], expected[key]) for key in expected) <= 1e-6
+
+
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+
+
+def test_lora(tmp_path: Path) -> None:
+    model = long_transformer(**BASE)
+    expected = run(model)
+    model.add_adapter(LoraConfig(**LORA))
+    assert torch.equal(run(model), expected)  # starts as zero
+    assert sum("lora_B" in key for key, _ in model.named_parameters()) == 4 * 2
+
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator())
+    adapted = run(model)
+    assert max_error(adapted, expected) > 1e-3
+    model.disable_adapters()
+    assert torch.equal(run(model), expected)
+    model.enable_adapters()
+    assert torch.equal(run(model), adapted)
+
+    model.save_lora_adapter(tmp_path)
+    fresh = long_transformer(**BASE)
+    fresh.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
+    assert max_error(run(fresh), adapted) <= 1e-5
+    fresh.fuse_lora()
+    assert max_error(run(fresh), adapted) <= 1e-5
+
+
+def test_lora_trains_the_adapter_only() -> None:
+    model = transformer(**BASE)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(**LORA))
+    model(**inputs()).sample.square().mean().backward()
+    trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained and all("lora_" in key for key in trained)
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+@both
+def test_group_offload(name: str, offload_type: str) -> None:
+    model = MODELS[name]()
+    expected = run(model)
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, **blocks)
+    assert torch.equal(run(model), expected)
+
+
+@both
+def test_layerwise_casting(name: str) -> None:
+    model = MODELS[name]()
+    expected = run(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    assert model.x_embedder.weight.dtype == torch.float32
+    assert model.create_cache(1, 8, 8).layers[0].keys.dtype == torch.float32
+    error = max_error(run(model), expected) / expected.abs().max().item()
+    assert 0 < error < 0.3
+    pipe = pipeline(model)
+    assert torch.isfinite(pipe(num_frames=6, generator=generator(), output_type="latent").frames).all()
+
+
+@both
+def test_autocast_with_a_cache(name: str) -> None:
+    pipe = pipeline(MODELS[name]())
+    arguments = {"num_frames": 6, "latents": latents(1, 6), "output_type": "latent"}
+    expected = pipe(**arguments).frames
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = pipe(**arguments).frames
+    assert sample.dtype == torch.float32
+    assert 0 < max_error(sample, expected) < 0.1 * expected.abs().max().item()
+
+
+def test_declared_modules_exist() -> None:
+    names = [*FARTransformer3DModel._no_split_modules, *FARTransformer3DModel._repeated_blocks]
+    classes = {type(module).__name__ for module in long_transformer().modules()}
+    assert names and all(hasattr(transformer_far, name) and name in classes for name in names)
+    assert FARAttnProcessor in FARAttention._available_processors
+    modules = [name for name, _ in long_transformer().named_modules()]
+    patterns = FARTransformer3DModel._skip_layerwise_casting_patterns
+    assert all(any(pattern in name for name in modules) for pattern in patterns)
+
+
+def test_config_has_every_argument() -> None:
+    model = long_transformer(num_actions=3)
+    assert model.is_long and model.short_window == 4
+    assert not transformer().is_long and transformer().short_window is None
+    assert model.config.num_actions == 3 and model.config.num_classes is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"axes_dims_rope": (4, 6, 8)}, r"axes_dims_rope=\(4, 6, 8\) .*attention_head_dim=16"),
+        ({"axes_dims_rope": (5, 5, 6)}, r"axes_dims_rope=\(5, 5, 6\)"),
+        ({"patch_size": 4, "long_patch_size": 6}, "long_patch_size=6.*patch_size=4"),
+        ({"long_patch_size": 0}, "long_patch_size=0"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"short_window": 0, "long_patch_size": 4}, "short_window=0"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"num_actions": 0}, "num_actions=0"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FARTransformer3DModel(**SIZE | config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 4, 8, 8)}, "hidden_states"),
+        ({"hidden_states": torch.zeros(2, 7, 5, 8, 8)}, "hidden_states"),
+        ({"hidden_states": torch.zeros(2, 7, 4, 6, 8)}, "hidden_states"),
+        ({"timestep": torch.zeros(2)}, "timestep"),
+        ({"timestep": torch.zeros(2, 5)}, "timestep"),
+        ({"num_long_frames": 8}, "num_long_frames=8"),
+        ({"class_labels": torch.zeros(3, dtype=torch.long)}, "class_labels"),
+        ({"actions": torch.zeros(2, 6, dtype=torch.long)}, "actions"),
+        ({"frame_positions": torch.arange(6)}, "frame_positions"),
+    ],
+)
+def test_bad_inputs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(long_transformer(**BASE), **changes)
+
+
+@pytest.mark.parametrize("argument", ["class_labels", "actions"])
+def test_conditions_of_an_unconditional_model(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} given"):
+        run(transformer(), **{"class_labels": None, "actions": None} | {argument: inputs()[argument]})
+
+
+def test_long_frames_of_a_base_model() -> None:
+    with pytest.raises(ValueError, match="num_long_frames=2"):
+        run(transformer(**BASE), num_long_frames=2)
