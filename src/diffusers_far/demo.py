@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--episode", type=int, default=0, help="which of its episodes")
     parser.add_argument("--start", type=int, default=0, help="first frame of the context")
     parser.add_argument("--context", type=int, default=32, help="frames the model sees")
-    parser.add_argument("--frames", type=int, default=96, help="frames it predicts")
+    parser.add_argument("--frames", type=int, default=32, help="frames it predicts")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo.mp4"))
