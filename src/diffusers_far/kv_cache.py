@@ -58,7 +58,8 @@ class FARCache:
         device: torch.device | str = "cpu",
         block_tokens: int = 512,
     ) -> None:
-        empty = torch.empty(batch_size, 0, num_heads, head_dim, dtype=dtype, device=device)
+        # Head by head in memory, as attention reads it, under a view with the axes of diffusers.
+        empty = torch.empty(batch_size, num_heads, 0, head_dim, dtype=dtype, device=device).transpose(1, 2)
         self.layers = [LayerCache(empty, empty) for _ in range(num_layers)]
         self.short_tokens = short_tokens
         self.long_tokens = long_tokens
@@ -93,7 +94,7 @@ class FARCache:
 
     def _grown(self, buffer: Tensor, capacity: int) -> Tensor:
         batch_size, _, num_heads, head_dim = buffer.shape
-        grown = buffer.new_zeros(batch_size, capacity, num_heads, head_dim)
+        grown = buffer.new_zeros(batch_size, num_heads, capacity, head_dim).transpose(1, 2)
         grown[:, : self.num_tokens] = buffer[:, : self.num_tokens]
         return grown
 
