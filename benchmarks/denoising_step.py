@@ -24,6 +24,7 @@ from diffusers_far.flow_matching import CLEAN_TIMESTEP
 from diffusers_far.key_map import published_state_dict
 
 GRID = 8  # latent pixels per side
+NUM_STEPS = 50  # of a frame, the published default
 TIMESTEP = 500.0
 
 
@@ -43,24 +44,24 @@ def build_model(long: bool) -> FARTransformer3DModel:
     return model.eval()
 
 
-def our_step(model: FARTransformer3DModel, frames: Tensor) -> Callable[[], Tensor]:
-    """A step of the last of `frames` `[1, F, C, H, W]` with all others in the cache."""
+def our_step(
+    model: FARTransformer3DModel, frames: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+    """A step of the last of `frames` `[1, F, C, H, W]`, all others in the cache; what its steps share."""
     num_context = frames.shape[1] - 1
     num_long = max(0, num_context - (model.short_window - 1)) if model.short_window else 0
     cache = model.create_cache(1, GRID, GRID)
     clean = torch.full((1, num_context), CLEAN_TIMESTEP)
-    actions = torch.zeros(1, num_context + 1, dtype=torch.long) if model.config.num_actions else None
-    model(
-        frames[:, :-1],
-        clean,
-        actions=None if actions is None else actions[:, :-1],
-        cache=cache,
-        num_long_frames=num_long,
-    )
+    actions = torch.zeros(1, num_context, dtype=torch.long) if model.config.num_actions else None
+    model(frames[:, :-1], clean, actions=actions, cache=cache, num_long_frames=num_long)
     cache.append(range(num_long), range(num_long, num_context))
-    last, timestep = frames[:, -1:], torch.full((1, 1), TIMESTEP)
-    last_action = None if actions is None else actions[:, -1:]
-    return lambda: model(last, timestep, actions=last_action, cache=cache).sample
+    last, levels = frames[:, -1:], torch.full((1, NUM_STEPS), TIMESTEP)
+    actions = torch.zeros(1, NUM_STEPS, dtype=torch.long) if model.config.num_actions else None
+    modulation = [layer[:, :1] for layer in model.modulation(levels, actions=actions)]
+    return (
+        lambda: model(last, levels[:, :1], cache=cache, modulation=modulation).sample,
+        lambda: model.modulation(levels, actions=actions),
+    )
 
 
 def published_step(model: FARTransformer3DModel, frames: Tensor, checkout: Path) -> Callable[[], Tensor]:
@@ -123,11 +124,13 @@ def main() -> None:
         model = build_model(long)
         for num_context in arguments.context:
             frames = torch.randn(1, num_context + 1, model.config.in_channels, GRID, GRID)
-            ours = our_step(model, frames)
+            ours, modulation = our_step(model, frames)
+            ours_ms = milliseconds(ours, arguments.seconds)
+            ours_ms += milliseconds(modulation, arguments.seconds) / NUM_STEPS
             row: dict[str, object] = {
                 "model": "FAR-B-Long" if long else "FAR-B",
                 "context": num_context,
-                "ours_ms": milliseconds(ours, arguments.seconds),
+                "ours_ms": ours_ms,
             }
             if arguments.published:
                 theirs = published_step(model, frames, arguments.published)

@@ -55,7 +55,8 @@ def assert_holds(cache: FARCache, long: set[int], short: set[int]) -> None:
 def test_a_new_cache_is_empty() -> None:
     cache = make_cache()
     assert_holds(cache, set(), set())
-    assert (cache.next_frame, cache.num_bytes) == (0, 0)
+    assert cache.next_frame == 0
+    assert {layer.keys.shape[1] for layer in cache.layers} == {cache.block_tokens}
 
 
 def test_append_keeps_both_levels() -> None:

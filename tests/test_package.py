@@ -19,6 +19,8 @@ PACKAGE = REPOSITORY / "src" / "diffusers_far"
 FLOORS = {
     "frame_layout": 0,
     "kv_cache": 0,
+    "matmul_attention": 0,
+    "rope": 0,
     "flow_matching": 0,
     "presets": 0,
     "key_map": 0,

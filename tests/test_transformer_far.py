@@ -118,6 +118,18 @@ def test_each_condition_matters(name: str) -> None:
 
 
 @both
+def test_modulation_stands_for_levels_and_labels(name: str) -> None:
+    model = MODELS[name]()
+    given = inputs(num_frames=3)
+    labels = {key: given.pop(key) for key in ("timestep", "class_labels", "actions")}
+    modulation = model.modulation(**labels)
+    other = torch.full_like(labels["timestep"], 7.0)
+    expected = model(**given, **labels).sample
+    assert max_error(model(**given, timestep=other, modulation=modulation).sample, expected) <= 1e-6
+    assert max_error(model(**given, timestep=other).sample, expected) > 1e-3
+
+
+@both
 def test_only_distances_between_frames_matter(name: str) -> None:
     model = MODELS[name]()
     moved = run(model, frame_positions=torch.arange(7) + 40, flex_rope_slope=0.2)
@@ -241,7 +253,7 @@ def test_compiled_as_one_graph(name: str, with_slope: bool) -> None:
 def test_a_compiled_model_samples_without_compiling_every_frame(name: str, regional: bool) -> None:
     """Past torch's limit of 8 recompilations a full graph is an error."""
     model = MODELS[name](num_layers=1)
-    pipe = pipeline(model, num_inference_steps=1)
+    pipe = pipeline(model, num_inference_steps=2)
     arguments = {"num_frames": 13, "latents": latents(1, 13), "output_type": "latent", "flex_rope_slope": 0.1}
     expected = pipe(**arguments).frames
     torch.compiler.reset()
@@ -388,6 +400,17 @@ def test_bad_configurations(config: dict[str, Any], message: str) -> None:
 def test_bad_inputs(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(long_transformer(**BASE), **changes)
+
+
+def test_modulation_of_other_frames() -> None:
+    model = MODELS["long"]()
+    given = inputs(num_frames=3)
+    modulation = model.modulation(given["timestep"][:, :2])
+    with pytest.raises(ValueError, match=r"modulation is of frames \(2, 2\).*it takes \(2, 3\)"):
+        model(**given, modulation=modulation)
+    modulation = model.modulation(given["timestep"])
+    with pytest.raises(ValueError, match=r"num_long_frames=1.*none of them long-term"):
+        model(**given, num_long_frames=1, modulation=modulation)
 
 
 @pytest.mark.parametrize("argument", ["class_labels", "actions"])

@@ -18,141 +18,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far.flow_matching import frame_loss, velocity_target
 from diffusers_far.transformer_far import FARTransformer3DModel
 from training.data.latents import ClipBatch, ClipBatches, LatentVideos
-from training.matmul_attention import MatmulAttnProcessor
-
-
-@dataclass
-class ModelArguments:
-    """Size of the model; `in_channels` comes from the latents. See [`FARTransformer3DModel`]."""
-
-    patch_size: int = 1
-    long_patch_size: int | None = None
-    num_layers: int = 12
-    num_attention_heads: int = 12
-    attention_head_dim: int = 64
-    axes_dims_rope: list[int] = field(default_factory=lambda: [16, 24, 24])
-    num_classes: int | None = None
-    num_actions: int | None = None
-    short_window: int = 16
-
-
-@dataclass
-class TrainingArguments:
-    """How to train. The defaults are the published ones where there are any.
-
-    Args:
-        latents: folder with the splits `train/` and `validation/` of an encoded data set.
-        output_dir: where weights, checkpoints and logs go.
-        num_frames: frames of a clip; of the longest clip for a Long model.
-        clean_context_probability: chance of a frame of the window to be given clean.
-        condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
-        batch_size: clips per process and forward.
-        gradient_accumulation_steps: forwards per step of the optimizer.
-        max_train_steps, max_minutes: length of the run in steps of the optimizer, in minutes, or in both: it
-            ends with the first. The learning rate is scheduled over that length.
-        learning_rate: the highest one.
-        lr_scheduler: a name that `get_scheduler` of diffusers knows.
-        warmup_ratio: share of the run in which the learning rate rises.
-        adam_beta1, adam_beta2, max_grad_norm: of AdamW, which has no weight decay here.
-        ema_decay, ema_power: the decay after n steps is `1 - (1 + n) ** -ema_power`, at most `ema_decay`.
-        mixed_precision: "no", "bf16" or "fp16".
-        attention: "sdpa", or "matmul", which is faster on CPUs with bf16 matrix units.
-        compile: compile the transformer blocks, which takes minutes once.
-        seed: of the weights and all draws.
-        dataloader_workers: processes that read clips ahead.
-        logging_steps: steps between two lines of the log.
-        validation_steps: steps between two validations; 0 for none.
-        validation_batches: batches of one validation.
-        save_minutes: minutes between two checkpoints, each with averaged weights beside it, or
-        save_steps: steps between them.
-        keep_checkpoints: so many of the last ones are kept.
-        resume_from: a checkpoint to go on from, or "latest": the newest one, if there is any.
-        report_to: a tracker that accelerate knows, such as "tensorboard".
-    """
-
-    latents: str
-    output_dir: str
-    num_frames: int = 16
-    clean_context_probability: float = 0.1
-    condition_dropout: float = 0.1
-    batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int | None = None
-    max_minutes: float | None = None
-    learning_rate: float = 1e-4
-    lr_scheduler: str = "constant_with_warmup"
-    warmup_ratio: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.9999
-    ema_power: float = 0.75
-    mixed_precision: str = "no"
-    attention: str = "sdpa"
-    compile: bool = False
-    seed: int = 0
-    dataloader_workers: int = 0
-    logging_steps: int = 50
-    validation_steps: int = 1000
-    validation_batches: int = 8
-    save_minutes: float = 10.0
-    save_steps: int | None = None
-    keep_checkpoints: int = 2
-    resume_from: str | None = None
-    report_to: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_train_steps is None and self.max_minutes is None:
-            raise ValueError("max_train_steps=None and max_minutes=None: give the length of the run")
-        for name in (
-            *("batch_size", "gradient_accumulation_steps", "max_train_steps", "max_minutes", "learning_rate"),
-            *("max_grad_norm", "logging_steps", "validation_batches", "save_minutes", "save_steps"),
-            *("keep_checkpoints",),
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be greater than 0")
-        for name in ("clean_context_probability", "condition_dropout", "warmup_ratio", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name, choices in (("mixed_precision", ("no", "bf16", "fp16")), ("attention", ("sdpa", "matmul"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, TrainingArguments]:
-    """Options of `[RECIPE.yaml] [--option value ...]`; the command line wins."""
-    parser = HfArgumentParser((ModelArguments, TrainingArguments), description=__doc__)
-    options = list(argv)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(options.pop(0)).read_text())
-        known = {action.dest: action for action in parser._actions}
-        for name in recipe:
-            if name not in known:
-                raise ValueError(f"{argv[0]} sets {name!r}, which is no option; options: {', '.join(known)}")
-            known[name].required = False
-        parser.set_defaults(**recipe)
-    model_args, args = parser.parse_args_into_dataclasses(options)
-    return model_args, args
+from training.far_arguments import ModelArguments, TrainingArguments, parse_arguments
+from training.matmul_attn_processor import MatmulAttnProcessor
 
 
 class RunClock:
@@ -234,6 +118,7 @@ class Trainer:
             model.short_window,
             args.clean_context_probability,
             args.condition_dropout,
+            args.own_context_probability,
             args.seed,
             self.accelerator.process_index,
         )
@@ -333,14 +218,23 @@ class Trainer:
 
     def loss(self, batch: ClipBatch) -> Tensor:
         """Squared error of the velocity of the window's noisy frames."""
+        if batch.own_context:
+            with torch.no_grad():
+                noisy, velocity = self.predict(batch.all_noisy())
+            batch = batch.with_estimates(noisy, velocity)
+        _, prediction = self.predict(batch)
+        return frame_loss(prediction, velocity_target(batch.window_latents, batch.noise), batch.clean)
+
+    def predict(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """The window as the model gets it, and the velocity it predicts, each `[B, window, C, H, W]`."""
         hidden_states, timestep = batch.model_input()
-        prediction = self.model(
+        velocity = self.model(
             hidden_states,
             timestep,
             class_labels=batch.class_labels if self.uses_labels else None,
             actions=batch.actions if self.uses_actions else None,
         ).sample
-        return frame_loss(prediction, velocity_target(batch.window_latents, batch.noise), batch.clean)
+        return hidden_states[:, -velocity.shape[1] :], velocity
 
     def _tick(self) -> None:
         self.clock.tick()
@@ -444,4 +338,4 @@ def replace_folder(source: Path, destination: Path) -> None:
 
 
 if __name__ == "__main__":
-    Trainer(*parse_arguments(sys.argv[1:])).train()
+    Trainer(*parse_arguments(sys.argv[1:], __doc__)).train()

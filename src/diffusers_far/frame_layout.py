@@ -3,7 +3,7 @@
 FAR orders tokens frame by frame: first the long-term frames (few tokens each), then the short-term ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ class FrameLayout:
 
         The values of a frame are broadcast over its tokens instead of being repeated in memory.
         """
+        if self.num_frames == 1:
+            return function(tokens, *per_frame)
         if self.num_long_frames == 0:
             frames = tokens.unflatten(1, (self.num_short_frames, self.short_tokens))
             return function(frames, *(value.unsqueeze(2) for value in per_frame)).flatten(1, 2)
@@ -62,6 +64,28 @@ class FrameLayout:
         short = tokens[:, split:].unflatten(1, (self.num_short_frames, self.short_tokens))
         short = function(short, *(value[:, num_long:].unsqueeze(2) for value in per_frame)).flatten(1, 2)
         return torch.cat([long, short], dim=1)
+
+    def token_coordinates(
+        self,
+        frame_positions: Tensor,
+        height: int,
+        width: int,
+        patch_size: int,
+        long_patch_size: int | None,
+    ) -> Tensor:
+        """RoPE coordinates `[N, 3]` of the tokens, both grids in units of short-term tokens.
+
+        Args:
+            frame_positions: `[F]` positions of the frames in the video; fractions interpolate.
+            height, width: latent pixels of a frame.
+            patch_size, long_patch_size: latent pixels per side of a short-term, a long-term token.
+        """
+        num_long = self.num_long_frames
+        short = token_coordinates(frame_positions[num_long:], height // patch_size, width // patch_size)
+        if long_patch_size is None or num_long == 0:
+            return short
+        grid, stride = (height // long_patch_size, width // long_patch_size), long_patch_size // patch_size
+        return torch.cat([token_coordinates(frame_positions[:num_long], *grid, stride), short])
 
 
 def split_frames(num_frames: int, short_window: int | None) -> tuple[int, int]:
@@ -148,6 +172,7 @@ def check_inputs(
     actions: Tensor | None,
     frame_positions: Tensor | None,
     num_long_frames: int | None,
+    modulation: Sequence[Tensor] | None,
 ) -> None:
     """Raise a ValueError for a forward whose shapes do not fit each other or the model's `config`."""
     shape, channels = tuple(hidden_states.shape), config.in_channels
@@ -167,6 +192,9 @@ def check_inputs(
         raise ValueError("class_labels given to a model without classes (num_classes=None)")
     if actions is not None and not config.num_actions:
         raise ValueError("actions given to a model without actions (num_actions=None)")
+    if modulation is not None and (num_long_frames or tuple(modulation[-1].shape[:2]) != shape[:2]):
+        found = f"{tuple(modulation[-1].shape[:2])} with num_long_frames={num_long_frames}"
+        raise ValueError(f"modulation is of frames {found}; it takes {shape[:2]}, none of them long-term")
     if num_long_frames and config.long_patch_size is None:
         raise ValueError(
             f"num_long_frames={num_long_frames}: a base model (long_patch_size=None) has only short ones"

@@ -66,6 +66,8 @@ class FARCache:
         self.block_tokens = block_tokens
         self.long_frames: list[int] = []
         self.short_frames: list[int] = []
+        self.num_tokens = 0
+        self.reserve(1)
         self._sync()
 
     @property
@@ -160,5 +162,9 @@ class FARCache:
         self._key_positions = torch.cat(
             [long.repeat_interleave(self.long_tokens), short.repeat_interleave(self.short_tokens)]
         )
+        # A compiled forward takes any number of tokens from the start, instead of one number and then any.
+        torch._dynamo.maybe_mark_dynamic(self._key_positions, 0)
         for layer in self.layers:
             layer.num_tokens = self.num_tokens
+            torch._dynamo.maybe_mark_dynamic(layer.keys, 1)
+            torch._dynamo.maybe_mark_dynamic(layer.values, 1)

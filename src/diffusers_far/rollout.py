@@ -75,11 +75,11 @@ class Rollout:
         self.device = device or transformer.device
         self._start = (context_latents, context_actions)
         self.batch_size, _, *self._latent_shape = context_latents.shape
-        num_sequences = self.batch_size * (2 if self.do_classifier_free_guidance else 1)
+        self.num_sequences = self.batch_size * (2 if self.do_classifier_free_guidance else 1)
         self.cache = None
         if use_cache:
             height, width = context_latents.shape[-2:]
-            self.cache = transformer.create_cache(num_sequences, height, width, self.device)
+            self.cache = transformer.create_cache(self.num_sequences, height, width, self.device)
         self.reset()
 
     @property
@@ -146,8 +146,10 @@ class Rollout:
         self.scheduler.set_timesteps(self.num_inference_steps, device=self.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # saves a look-up that waits for the device
+        modulation = self._modulation(action)
         for index, timestep in enumerate(self.scheduler.timesteps):
-            velocity = self._velocity(latents, timestep, action).float()
+            kept = None if modulation is None else modulation[index]
+            velocity = self._velocity(latents, timestep, action, kept).float()
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback is not None:
                 latents = callback(index, timestep, latents)
@@ -187,10 +189,23 @@ class Rollout:
             self._forward(ContextFrames(tuple(long_chunk), tuple(short_chunk)))
             cache.append(long_chunk, short_chunk)
 
-    def _velocity(self, latents: Tensor, timestep: Tensor, action: Tensor | None) -> Tensor:
+    def _modulation(self, action: Tensor | None) -> list[list[Tensor]] | None:
+        """Of each denoising step of the next frame; None where its weights are not at hand (offloaded)."""
+        device = self.device
+        if self.cache is None or any(weight.device != device for weight in self.transformer.parameters()):
+            return None
+        levels = self.scheduler.timesteps.float()
+        labels = self._with_null(self.class_labels)
+        actions = self._with_null(self._stack_actions([action] * len(levels)))
+        modulation = self.transformer.modulation(levels.expand(self.num_sequences, -1), labels, actions)
+        return [[layer[:, step : step + 1] for layer in modulation] for step in range(len(levels))]
+
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, action: Tensor | None, modulation: list[Tensor] | None
+    ) -> Tensor:
         """Velocity `[B, 1, C, h, w]` of the frame being denoised, with guidance."""
         context = ContextFrames((), ()) if self.cache is not None else self.context
-        velocity = self._forward(context, latents, timestep, action)[:, -1:]
+        velocity = self._forward(context, latents, timestep, action, modulation)[:, -1:]
         if self.do_classifier_free_guidance:
             null, conditioned = velocity.chunk(2)
             velocity = null + self.guidance_scale * (conditioned - null)
@@ -202,6 +217,7 @@ class Rollout:
         latents: Tensor | None = None,
         timestep: Tensor | None = None,
         action: Tensor | None = None,
+        modulation: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the model on clean frames of the context, followed by the noisy frame if there is one."""
         frames = [*context.long, *context.short]
@@ -211,11 +227,10 @@ class Rollout:
         if latents is not None and timestep is not None:
             frames, inputs, actions = [*frames, self.num_frames], [*inputs, latents], [*actions, action]
             timesteps = [*timesteps, timestep.float()]
-        num_sequences = self.batch_size * (2 if self.do_classifier_free_guidance else 1)
         hidden_states = torch.cat(inputs, dim=1).to(self.transformer.dtype)
         return self.transformer(
-            hidden_states.repeat(num_sequences // self.batch_size, 1, 1, 1, 1),
-            torch.stack(timesteps).expand(num_sequences, -1),
+            hidden_states.repeat(self.num_sequences // self.batch_size, 1, 1, 1, 1),
+            torch.stack(timesteps).expand(self.num_sequences, -1),
             class_labels=self._with_null(self.class_labels),
             actions=self._with_null(self._stack_actions(actions)),
             cache=self.cache,
@@ -223,6 +238,7 @@ class Rollout:
             rope_interpolation=self.rope_interpolation,
             num_long_frames=len(context.long),
             frame_positions=torch.tensor(frames, device=self.device),
+            modulation=modulation,
             return_dict=False,
         )[0]
 

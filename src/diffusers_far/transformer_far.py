@@ -3,7 +3,7 @@
 Dimensions: B batch, F frames, C latent channels, H x W latent grid, N tokens, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
@@ -23,13 +23,12 @@ from .frame_layout import (
     check_inputs,
     patchify,
     split_frames,
-    token_coordinates,
     unpatchify,
 )
 from .kv_cache import FARCache, LayerCache
+from .matmul_attention import matmul_attention
+from .rope import RotaryEmbedding, rotate, signed_rotary
 from .single_file import FARSingleFileMixin
-
-RotaryEmbedding = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -48,17 +47,15 @@ def _scale_shift(hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class FARAdaLayerNorm(nn.Module):
-    """LayerNorm whose shift, scale and gate come from the condition of each frame (computed once per
-    frame).
-    """
+    """LayerNorm with shift, scale and gate of each frame, which `linear` makes of the frame's condition."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 3 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-    def forward(self, tokens: Tensor, condition: Tensor, layout: FrameLayout) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = self.linear(condition).chunk(3, dim=-1)  # each [B, F, D]
+    def forward(self, tokens: Tensor, modulation: Tensor, layout: FrameLayout) -> tuple[Tensor, Tensor]:
+        shift, scale, gate = modulation.chunk(3, dim=-1)  # each [B, F, D]
         return layout.modulate(_scale_shift, self.norm(tokens), scale, shift), gate
 
 
@@ -70,9 +67,12 @@ class FARAdaLayerNormOut(nn.Module):
         self.linear = nn.Linear(dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-    def forward(self, tokens: Tensor, condition: Tensor, layout: FrameLayout) -> Tensor:
-        scale, shift = self.linear(condition).chunk(2, dim=-1)
+    def forward(self, tokens: Tensor, modulation: Tensor, layout: FrameLayout) -> Tensor:
+        scale, shift = modulation.chunk(2, dim=-1)
         return layout.modulate(_scale_shift, self.norm(tokens), scale, shift)
+
+
+AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
 
 
 class FARAttnProcessor:
@@ -91,18 +91,18 @@ class FARAttnProcessor:
         cache: LayerCache | None = None,
     ) -> Tensor:
         query, key, value = attn.project(hidden_states, num_long_tokens)  # each [B, N, heads, head_dim]
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        query, key = rotate(torch.cat([query, key], dim=2), image_rotary_emb).chunk(2, dim=2)
         if cache is not None:
             key, value = cache.extend(key, value)
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        one_frame = attention_mask is None or attention_mask.shape[-2] == 1
+        exact_on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+        if self._attention_backend is None and one_frame and exact_on_cpu:
+            hidden_states = matmul_attention(query, key, value, attention_mask)
+        else:
+            backend, parallel_config = self._attention_backend, self._parallel_config
+            hidden_states = dispatch_attention_fn(
+                query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
+            )
         return attn.project_out(hidden_states.flatten(2, 3).to(query.dtype), num_long_tokens)
 
 
@@ -148,29 +148,27 @@ class FARAttention(nn.Module, AttentionModuleMixin):
 
     def project(self, hidden_states: Tensor, num_long_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[B, N, heads, head_dim]` of tokens `[B, N, D]`."""
+        fused = self.fused_projections
+        short_linears = [self.to_qkv] if fused else [self.to_q, self.to_k, self.to_v]
+        short_norms = (self.norm_q, self.norm_k)
         if num_long_tokens == 0:
-            return self._project_short(hidden_states)
-        long = self._project_long(hidden_states[:, :num_long_tokens])
-        short = self._project_short(hidden_states[:, num_long_tokens:])
+            return self._project(hidden_states, short_linears, *short_norms)
+        long_linears = [self.to_added_qkv] if fused else [self.add_q_proj, self.add_k_proj, self.add_v_proj]
+        long_norms = (self.norm_added_q, self.norm_added_k)
+        long = self._project(hidden_states[:, :num_long_tokens], long_linears, *long_norms)
+        short = self._project(hidden_states[:, num_long_tokens:], short_linears, *short_norms)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(long, short, strict=True))
         return query, key, value
 
-    def _project_short(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fused = self.to_qkv(tokens).chunk(3, dim=-1) if self.fused_projections else None
-        projected = fused or (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+    def _project(
+        self, tokens: Tensor, linears: list[nn.Linear], norm_q: nn.Module, norm_k: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projected = [part for linear in linears for part in linear(tokens).chunk(3 // len(linears), dim=-1)]
         query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
-        return self.norm_q(query), self.norm_k(key), value
-
-    def _project_long(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fused = self.to_added_qkv(tokens).chunk(3, dim=-1) if self.fused_projections else None
-        projected = fused or (self.add_q_proj(tokens), self.add_k_proj(tokens), self.add_v_proj(tokens))
-        query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
-        return self.norm_added_q(query), self.norm_added_k(key), value
+        return norm_q(query), norm_k(key), value
 
     def project_out(self, hidden_states: Tensor, num_long_tokens: int) -> Tensor:
-        """Output projection `[B, N, D]`; long-term tokens pass as they are where nothing reads them
-        any more.
-        """
+        """Output projection `[B, N, D]`; long-term tokens pass as they are where nothing reads them."""
         if num_long_tokens == 0:
             return self.to_out[0](hidden_states)
         long, short = hidden_states[:, :num_long_tokens], hidden_states[:, num_long_tokens:]
@@ -209,11 +207,13 @@ class FARTransformerBlock(nn.Module):
         image_rotary_emb: RotaryEmbedding,
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        modulation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        normed, gate = self.norm1(hidden_states, condition, layout)
+        modulation1, modulation2 = modulation or (self.norm1.linear(condition), self.norm2.linear(condition))
+        normed, gate = self.norm1(hidden_states, modulation1, layout)
         attended = self.attn(normed, image_rotary_emb, layout.num_long_tokens, attention_mask, cache)
         hidden_states = hidden_states + layout.modulate(torch.mul, attended, gate)
-        normed, gate = self.norm2(hidden_states, condition, layout)
+        normed, gate = self.norm2(hidden_states, modulation2, layout)
         return hidden_states + layout.modulate(torch.mul, self.ff(normed), gate)
 
 
@@ -297,9 +297,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
         # Every block starts as the identity and the model predicts zero.
-        norms = [
-            module for module in self.modules() if isinstance(module, FARAdaLayerNorm | FARAdaLayerNormOut)
-        ]
+        norms = (module for module in self.modules() if isinstance(module, AdaLayerNorms))
         for linear in [self.proj_out, *(norm.linear for norm in norms)]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -340,6 +338,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         rope_interpolation: float = 1.0,
         num_long_frames: int | None = None,
         frame_positions: Tensor | None = None,
+        modulation: Sequence[Tensor] | None = None,
         return_dict: bool = True,
     ) -> FARTransformer3DModelOutput | tuple[Tensor]:
         """Velocity of the short-term frames.
@@ -356,13 +355,14 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
             num_long_frames: how many leading frames are long-term. By default those before the last
                 `short_window` for a Long model without a cache, else none.
             frame_positions: `[F]` position of each frame in the video; by default they follow the cache.
+            modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
             return_dict: return a [`FARTransformer3DModelOutput`] instead of a tuple.
 
         Returns:
             `sample` `[B, F - num_long_frames, out_channels, H, W]`.
         """
         conditions = (timestep, class_labels, actions)
-        check_inputs(self.config, hidden_states, *conditions, frame_positions, num_long_frames)
+        check_inputs(self.config, hidden_states, *conditions, frame_positions, num_long_frames, modulation)
         num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
         if num_long_frames is None:
             num_long_frames = 0 if cache is not None else split_frames(num_frames, self.short_window)[0]
@@ -374,10 +374,13 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
             frame_positions = torch.arange(first, first + num_frames, device=hidden_states.device)
 
         tokens = self.embed_frames(hidden_states, layout)
-        condition = self.embed_condition(timestep, class_labels, actions, layout)
-        rotary = self.pos_embed(
-            self.token_coordinates(frame_positions / rope_interpolation, height, width, layout)
-        )
+        condition = tokens[:, :0]
+        if modulation is None:
+            condition = self.embed_condition(timestep, class_labels, actions, num_long_frames)
+        patches = (self.config.patch_size, self.config.long_patch_size)
+        positions = frame_positions / rope_interpolation
+        coordinates = layout.token_coordinates(positions, height, width, *patches)
+        rotary = signed_rotary(*self.pos_embed(coordinates))
         mask = None  # one frame sees the whole context and itself
         if num_frames > 1 or flex_rope_slope > 0:
             context_positions = None if cache is None else cache.key_positions(hidden_states.device)
@@ -387,16 +390,16 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
 
         for index, block in enumerate(self.transformer_blocks):
             layer_cache = None if cache is None else cache.layers[index]
+            kept = None if modulation is None else (modulation[2 * index], modulation[2 * index + 1])
+            inputs = (tokens, condition, layout, rotary, mask, layer_cache, kept)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(
-                    block, tokens, condition, layout, rotary, mask, layer_cache
-                )
+                tokens = self._gradient_checkpointing_func(block, *inputs)
             else:
-                tokens = block(tokens, condition, layout, rotary, mask, layer_cache)
+                tokens = block(*inputs)
 
         short = FrameLayout(0, layout.num_short_frames, layout.long_tokens, layout.short_tokens)
-        tokens, condition = tokens[:, layout.num_long_tokens :], condition[:, num_long_frames:]
-        tokens = self.proj_out(self.norm_out(tokens, condition, short))
+        last = self.norm_out.linear(condition[:, num_long_frames:]) if modulation is None else modulation[-1]
+        tokens = self.proj_out(self.norm_out(tokens[:, layout.num_long_tokens :], last, short))
         sample = unpatchify(tokens, self.config.patch_size, height, width)
         return FARTransformer3DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -410,15 +413,24 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         short = patchify(hidden_states[:, num_long:], self.config.patch_size)
         return torch.cat([self.context_embedder(long), self.x_embedder(short)], dim=1)
 
-    def embed_condition(
-        self, timestep: Tensor, class_labels: Tensor | None, actions: Tensor | None, layout: FrameLayout
-    ) -> Tensor:
-        """What modulates each frame, `[B, F, D]`: timestep, class and action, after the SiLU all
-        AdaLN share.
+    def modulation(
+        self, timestep: Tensor, class_labels: Tensor | None = None, actions: Tensor | None = None
+    ) -> list[Tensor]:
+        """What `forward` computes from levels `[B, F]` and labels alone: `[B, F, .]` of each AdaLN in turn.
+
+        A third of all weights serve one vector per frame. With the levels of a frame's denoising steps as
+        those of F frames, they are read once for all steps.
         """
+        condition = self.embed_condition(timestep, class_labels, actions)
+        norms = [module for module in self.modules() if isinstance(module, AdaLayerNorms)]
+        return [norm.linear(condition) for norm in norms]
+
+    def embed_condition(
+        self, timestep: Tensor, class_labels: Tensor | None, actions: Tensor | None, num_long_frames: int = 0
+    ) -> Tensor:
+        """What modulates each frame, `[B, F, D]`: timestep, class and action, after the shared SiLU."""
         # A long-term frame carries twice its timestep: -2 where a clean short-term one has -1 (section 3.3).
-        num_long = layout.num_long_frames
-        timestep = torch.cat([timestep[:, :num_long] * 2, timestep[:, num_long:]], dim=1)
+        timestep = torch.cat([timestep[:, :num_long_frames] * 2, timestep[:, num_long_frames:]], dim=1)
         projected = self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
         embedded = self.timestep_embedder(projected)
         if self.class_embedder is not None:
@@ -435,16 +447,3 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
             labels = torch.full(like.shape[:2], null, device=like.device)
         labels = labels.reshape(like.shape[:2])
         return embedder(torch.where(labels < 0, null, labels))
-
-    def token_coordinates(
-        self, frame_positions: Tensor, height: int, width: int, layout: FrameLayout
-    ) -> Tensor:
-        """RoPE coordinates `[N, 3]`: both grids in units of short-term tokens."""
-        num_long, patch = layout.num_long_frames, self.config.patch_size
-        short = token_coordinates(frame_positions[num_long:], height // patch, width // patch)
-        if num_long == 0:
-            return short
-        long_patch = self.config.long_patch_size
-        grid = (height // long_patch, width // long_patch)
-        long = token_coordinates(frame_positions[:num_long], *grid, stride=long_patch // patch)
-        return torch.cat([long, short])

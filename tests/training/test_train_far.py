@@ -71,7 +71,7 @@ def test_a_batch_depends_on_its_index_only(latents: Path) -> None:
     second[0]
     for name, value in vars(first[7]).items():
         other = getattr(second[7], name)
-        assert value is other is None or torch.equal(value, other)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
     assert not torch.equal(first[7].noise, first[8].noise)
 
 
@@ -96,6 +96,28 @@ def test_what_the_model_is_given(latents: Path) -> None:
     expected = batch.sigmas[..., None, None, None]
     expected = expected * batch.noise + (1 - expected) * batch.latents[:, 3:]
     assert torch.equal(hidden_states[:, 3:][~batch.clean], expected[~batch.clean])
+
+
+def test_own_frames_stand_in_for_clean_ones(latents: Path) -> None:
+    """With the true velocity, the model's estimate is the frame itself; with another, it is not."""
+    batches = ClipBatches(LatentVideos(latents / "train"), 16, 6, 3, clean_context_probability=0.5)
+    batch = next(batch for batch in map(batches.__getitem__, range(9)) if batch.latents.shape[1] == 6)
+    noisy = batch.all_noisy()
+    hidden_states, timestep = noisy.model_input()
+    assert (timestep[:, 3:] != CLEAN_TIMESTEP).all()
+    window = hidden_states[:, 3:]
+    exact = batch.with_estimates(window, batch.noise - batch.window_latents).model_input()
+    assert (exact[0] - batch.model_input()[0]).abs().max() <= 1e-5
+    wrong, timestep = batch.with_estimates(window, torch.zeros_like(window)).model_input()
+    assert torch.equal(wrong[:, 3:][batch.clean], window[batch.clean])
+    assert torch.equal(wrong[:, 3:][~batch.clean], batch.model_input()[0][:, 3:][~batch.clean])
+    assert torch.equal(timestep, batch.model_input()[1])
+
+
+def test_share_of_batches_with_own_frames(latents: Path) -> None:
+    batches = ClipBatches(LatentVideos(latents / "train"), 1, 6, own_context_probability=0.4)
+    share = sum(batches[index].own_context for index in range(400)) / 400
+    assert share == pytest.approx(0.4, abs=0.07)
 
 
 def test_share_of_dropped_actions(latents: Path) -> None:
@@ -134,6 +156,7 @@ def test_the_loss_falls_and_the_weights_load(latents: Path, tmp_path: Path, kind
 @pytest.mark.parametrize("kind", [[], LONG], ids=["base", "long"])
 def test_a_killed_run_resumes_to_the_same_weights(latents: Path, tmp_path: Path, kind: list[str]) -> None:
     more = [*kind, "--max_train_steps", "30", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
+    more += ["--own_context_probability", "0.5"]
     run(options(latents, tmp_path / "unbroken", *more))
 
     command = options(latents, tmp_path / "broken", *more)

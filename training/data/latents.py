@@ -7,7 +7,7 @@ led to frame t). A class-conditional set has `class_label` int64 `[]`.
 Shapes: B batch, F frames, C channels, H x W latent grid.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,12 @@ class ClipBatch:
     clean: Tensor  # [B, window] bool, frames given as they are, without loss
     actions: Tensor | None  # [B, F], -1 where dropped
     class_labels: Tensor | None  # [B], -1 where dropped
+    own_context: bool = False  # whether the clean frames of the window are to be the model's own
+    estimates: Tensor | None = None  # [B, window, C, H, W], the model's own frames
 
     def to(self, device: torch.device) -> "ClipBatch":
         values = (getattr(self, field.name) for field in fields(self))
-        return ClipBatch(*(None if value is None else value.to(device) for value in values))
+        return ClipBatch(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
 
     @property
     def window_latents(self) -> Tensor:
@@ -77,9 +79,24 @@ class ClipBatch:
         before = self.latents[:, : -self.noise.shape[1]]
         sigmas = torch.where(self.clean, 0.0, self.sigmas)
         noisy = add_noise(self.window_latents, self.noise, sigmas)
+        if self.estimates is not None:
+            noisy = torch.where(self.clean[..., None, None, None], self.estimates, noisy)
         timestep = torch.where(self.clean, CLEAN_TIMESTEP, self.sigmas * 1000)
         before_timestep = timestep.new_full(before.shape[:2], CLEAN_TIMESTEP)
         return torch.cat([before, noisy], dim=1), torch.cat([before_timestep, timestep], dim=1)
+
+    def all_noisy(self) -> "ClipBatch":
+        """The same clips without a clean frame in the window."""
+        return replace(self, clean=torch.zeros_like(self.clean))
+
+    def with_estimates(self, noisy: Tensor, velocity: Tensor) -> "ClipBatch":
+        """The same clips, with clean frames as the model estimates them from their noisy versions.
+
+        Args:
+            noisy: `[B, window, C, H, W]` window of `all_noisy`.
+            velocity: `[B, window, C, H, W]` what the model predicts for it.
+        """
+        return replace(self, estimates=noisy - self.sigmas[..., None, None, None] * velocity.to(noisy.dtype))
 
 
 class ClipBatches(Dataset[ClipBatch]):
@@ -95,6 +112,7 @@ class ClipBatches(Dataset[ClipBatch]):
             one per batch; None for a base model, whose clips all have `num_frames` frames.
         clean_context_probability: chance of a frame of the window to be given clean.
         condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
+        own_context_probability: chance of a batch to ask for the model's own frames as clean ones.
         seed: of all draws.
         rank: of this process; the clip length is the same on all of them.
     """
@@ -107,6 +125,7 @@ class ClipBatches(Dataset[ClipBatch]):
         short_window: int | None = None,
         clean_context_probability: float = 0.1,
         condition_dropout: float = 0.1,
+        own_context_probability: float = 0.0,
         seed: int = 0,
         rank: int = 0,
     ) -> None:
@@ -121,6 +140,7 @@ class ClipBatches(Dataset[ClipBatch]):
         self.short_window = short_window
         self.clean_context_probability = clean_context_probability
         self.condition_dropout = condition_dropout
+        self.own_context_probability = own_context_probability
         self.seed = seed
         self.rank = rank
 
@@ -151,6 +171,7 @@ class ClipBatches(Dataset[ClipBatch]):
             clean=sample_clean_frames(shape, self.clean_context_probability, generator=generator),
             actions=actions,
             class_labels=class_labels,
+            own_context=bool(rng.random() < self.own_context_probability),
         )
 
     def _drop(self, conditions: list[Tensor], generator: torch.Generator) -> Tensor:

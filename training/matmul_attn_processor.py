@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from diffusers_far.kv_cache import LayerCache
-from diffusers_far.transformer_far import FARAttention, RotaryEmbedding
+from diffusers_far.matmul_attention import matmul_attention
+from diffusers_far.rope import RotaryEmbedding
+from diffusers_far.transformer_far import FARAttention
 
 
 class MatmulAttnProcessor:
@@ -31,19 +33,11 @@ class MatmulAttnProcessor:
             raise ValueError("attention='matmul' is for training: it takes a causal mask and no cache")
         query, key, value = attn.project(hidden_states, num_long_tokens)  # each [B, N, heads, head_dim]
         cos, sin = image_rotary_emb
-        rotation = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]  # [N, 1, head_dim / 2]
+        rotation = torch.complex(cos[:, 1::2], sin[:, 1::2])[:, None]  # [N, 1, head_dim / 2]
         query, key = _rotate(query, rotation), _rotate(key, rotation)
 
-        batch_size = query.shape[0]
-        query, key, value = (
-            x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
-        )  # [B * heads, N, .]
-        bias = torch.zeros_like(attention_mask[0], dtype=query.dtype).masked_fill(
-            ~attention_mask[0], -torch.inf
-        )
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=attn.head_dim**-0.5)
-        attended = scores.softmax(dim=-1).to(value.dtype) @ value
-        attended = attended.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)  # [B, N, D]
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, -torch.inf)
+        attended = matmul_attention(query, key, value, bias).flatten(2, 3)  # [B, N, D]
         return attn.project_out(attended, num_long_tokens)
 
 
