@@ -191,8 +191,8 @@ class Rollout:
 
     def _modulation(self, action: Tensor | None) -> list[list[Tensor]] | None:
         """Of each denoising step of the next frame; None where its weights are not at hand (offloaded)."""
-        device = self.device
-        if self.cache is None or any(weight.device != device for weight in self.transformer.parameters()):
+        devices = {weight.device for weight in self.transformer.parameters()}
+        if self.cache is None or len(devices) > 1 or devices.pop().type != self.device.type:
             return None
         levels = self.scheduler.timesteps.float()
         labels = self._with_null(self.class_labels)
