@@ -141,19 +141,24 @@ class Rollout:
         if noise is None:
             shape = (self.batch_size, 1, *self._latent_shape)
             noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
-        self._encode_context()
+        context = self._encode_context()
         latents = noise
         self.scheduler.set_timesteps(self.num_inference_steps, device=self.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # saves a look-up that waits for the device
         modulation = self._modulation(action)
         for index, timestep in enumerate(self.scheduler.timesteps):
-            kept = None if modulation is None else modulation[index]
-            velocity = self._velocity(latents, timestep, action, kept).float()
+            first = self.cache is not None and index == 0
+            kept = None if modulation is None or first else modulation[index]
+            velocity = self._velocity(context, latents, timestep, action, kept).float()
+            if first:
+                self.cache.append(context.long, context.short)
+                context = ContextFrames((), ())
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if callback is not None:
                 latents = callback(index, timestep, latents)
         self._append(latents, action)
+        self._forget()
         return latents
 
     def _append(self, latents: Tensor, action: Tensor | None) -> None:
@@ -161,20 +166,15 @@ class Rollout:
         self._actions[self.num_frames] = action
         self.num_frames += 1
 
-    def _encode_context(self) -> None:
-        """Bring the cache to the context of the next frame and forget what no later frame needs."""
-        context, window = self.context, self.transformer.short_window
-        needed = {*context.long, *context.short}
-        if self.cache is not None:
-            self._update_cache(context)
-            # A Long model encodes its window anew when the long-term level changes.
-            needed = set() if window is None else set(context.short)
-        for frame in self._latents.keys() - needed:
-            del self._latents[frame], self._actions[frame]
+    def _encode_context(self) -> ContextFrames:
+        """Bring the cache to the context of the next frame, save for frames that it is to be made with.
 
-    def _update_cache(self, context: ContextFrames) -> None:
-        cache = self.cache
-        assert cache is not None
+        Returns:
+            These: the first denoising step computes them too. Without a cache, the whole context.
+        """
+        context, cache = self.context, self.cache
+        if cache is None:
+            return context
         if set(cache.long_frames) != set(context.long):
             cache.clear_short()  # what these frames computed depends on the long-term frames that they saw
             for frame in set(cache.long_frames) - set(context.long):
@@ -183,11 +183,21 @@ class Rollout:
             cache.drop_short(frame)
         long = [frame for frame in context.long if frame not in cache.long_frames]
         short = [frame for frame in context.short if frame not in cache.short_frames]
-        while long or short:
+        while len(long) > _LONG_CHUNK or len(short) > _SHORT_CHUNK:
             long_chunk, long = long[:_LONG_CHUNK], long[_LONG_CHUNK:]
             short_chunk, short = (short[:_SHORT_CHUNK], short[_SHORT_CHUNK:]) if not long else ([], short)
             self._forward(ContextFrames(tuple(long_chunk), tuple(short_chunk)))
             cache.append(long_chunk, short_chunk)
+        return ContextFrames(tuple(long), tuple(short))
+
+    def _forget(self) -> None:
+        """Drop latents that no later frame needs: those out of context, and those cached for good."""
+        context, cache = self.context, self.cache
+        needed = {*context.long, *context.short}
+        if cache is not None:  # a Long model encodes its window anew whenever the long-term level changes
+            needed -= {*(cache.long_frames if self.transformer.is_long else cache.short_frames)}
+        for frame in self._latents.keys() - needed:
+            del self._latents[frame], self._actions[frame]
 
     def _modulation(self, action: Tensor | None) -> list[list[Tensor]] | None:
         """Of each denoising step of the next frame; None where its weights are not at hand (offloaded)."""
@@ -201,10 +211,14 @@ class Rollout:
         return [[layer[:, step : step + 1] for layer in modulation] for step in range(len(levels))]
 
     def _velocity(
-        self, latents: Tensor, timestep: Tensor, action: Tensor | None, modulation: list[Tensor] | None
+        self,
+        context: ContextFrames,
+        latents: Tensor,
+        timestep: Tensor,
+        action: Tensor | None,
+        modulation: list[Tensor] | None,
     ) -> Tensor:
         """Velocity `[B, 1, C, h, w]` of the frame being denoised, with guidance."""
-        context = ContextFrames((), ()) if self.cache is not None else self.context
         velocity = self._forward(context, latents, timestep, action, modulation)[:, -1:]
         if self.do_classifier_free_guidance:
             null, conditioned = velocity.chunk(2)
