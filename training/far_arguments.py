@@ -38,7 +38,11 @@ class TrainingArguments:
         gradient_accumulation_steps: forwards per step of the optimizer.
         max_train_steps, max_minutes: length of the run in steps of the optimizer, in minutes, or in both: it
             ends with the first. The learning rate is scheduled over that length.
-        learning_rate: the highest one.
+        pretrained: folder of a model, such as `ema/` of another run, to start from. The model keeps its
+            sizes; the options for them do nothing then.
+        learning_rate: the highest one, of AdamW.
+        muon_learning_rate: the highest one of Muon, which then trains the matrices of the blocks and leaves
+            the rest to AdamW. Unset, AdamW trains all weights, as published.
         lr_scheduler: a name that `get_scheduler` of diffusers knows.
         warmup_ratio: share of the run in which the learning rate rises.
         adam_beta1, adam_beta2, max_grad_norm: of AdamW, which has no weight decay here.
@@ -68,7 +72,9 @@ class TrainingArguments:
     gradient_accumulation_steps: int = 1
     max_train_steps: int | None = None
     max_minutes: float | None = None
+    pretrained: str | None = None
     learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None
     lr_scheduler: str = "constant_with_warmup"
     warmup_ratio: float = 0.01
     adam_beta1: float = 0.9
@@ -95,8 +101,8 @@ class TrainingArguments:
             raise ValueError("max_train_steps=None and max_minutes=None: give the length of the run")
         for name in (
             *("batch_size", "gradient_accumulation_steps", "max_train_steps", "max_minutes", "learning_rate"),
-            *("max_grad_norm", "logging_steps", "validation_batches", "save_minutes", "save_steps"),
-            *("keep_checkpoints",),
+            *("muon_learning_rate", "max_grad_norm", "logging_steps", "validation_batches", "save_minutes"),
+            *("save_steps", "keep_checkpoints"),
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -57,7 +57,6 @@ class RunClock:
         length = self.SCHEDULE_LENGTH
         schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup, length)
         self._scale_at = schedule.lr_lambdas[0]
-        self._highest_rate = args.learning_rate
 
     def start(self) -> None:
         """Count the seconds from now on."""
@@ -74,11 +73,11 @@ class RunClock:
         return self.step >= self._max_steps or self.seconds >= self._max_seconds
 
     @property
-    def learning_rate(self) -> float:
-        """Of the step that comes next."""
+    def learning_rate_share(self) -> float:
+        """Learning rate of the step that comes next, as a share of the highest one."""
         # From the middle of a step, so that neither the first nor the last has a rate of zero.
         share = max((self.step + 0.5) / self._max_steps, self.seconds / self._max_seconds)
-        return float(self._highest_rate * self._scale_at(share * self.SCHEDULE_LENGTH))
+        return float(self._scale_at(share * self.SCHEDULE_LENGTH))
 
     # The two methods that accelerate asks of what goes into a checkpoint.
 
@@ -105,12 +104,22 @@ class Trainer:
         )
         set_seed(args.seed)
         videos = LatentVideos(Path(args.latents) / "train")
-        self.uses_actions, self.uses_labels = bool(model_args.num_actions), bool(model_args.num_classes)
+        channels = videos.frame_shape[0]
+        if args.pretrained:
+            model = FARTransformer3DModel.from_pretrained(args.pretrained)
+        else:
+            model = FARTransformer3DModel(in_channels=channels, **asdict(model_args))
+        config = model.config
+        if config.in_channels != channels:
+            raise ValueError(
+                f"pretrained={args.pretrained!r} takes {config.in_channels} channels; "
+                f"{args.latents} has {channels}"
+            )
+        self.uses_actions, self.uses_labels = bool(config.num_actions), bool(config.num_classes)
         if self.uses_actions and not videos.has_actions:
-            raise ValueError(f"num_actions={model_args.num_actions}: {args.latents} has no actions")
+            raise ValueError(f"num_actions={config.num_actions}: {args.latents} has no actions")
         if self.uses_labels and not videos.has_labels:
-            raise ValueError(f"num_classes={model_args.num_classes}: {args.latents} has no class labels")
-        model = FARTransformer3DModel(in_channels=videos.frame_shape[0], **asdict(model_args))
+            raise ValueError(f"num_classes={config.num_classes}: {args.latents} has no class labels")
         self.batches = ClipBatches(
             videos,
             args.batch_size,
@@ -128,15 +137,10 @@ class Trainer:
             model.set_attn_processor(MatmulAttnProcessor())
         if args.compile:
             model.compile_repeated_blocks(dynamic=True)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=0.0,
-            fused=True,
-        )
-        self.clock = RunClock(args, optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        optimizers = create_optimizers(model, args)
+        self.highest_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        self.clock = RunClock(args, optimizers[0])
+        self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)
         self.ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.ema, self.clock)
         self.validation_sets = self._validation_sets() if args.validation_steps else {}
@@ -189,8 +193,8 @@ class Trainer:
     def train_step(self, batches: Iterator[ClipBatch]) -> tuple[float, float, int]:
         """One optimizer step: loss, norm of the gradient, and frames of the windows, over all processes."""
         accelerator, num_forwards = self.accelerator, self.args.gradient_accumulation_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.clock.learning_rate
+        for optimizer, highest_rate in zip(self.optimizers, self.highest_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = highest_rate * self.clock.learning_rate_share
         mean_loss, num_frames = 0.0, 0
         for _ in range(num_forwards):
             batch = next(batches).to(accelerator.device)
@@ -204,8 +208,9 @@ class Trainer:
                     grad_norm = float(norm)
                     if accelerator.mixed_precision != "fp16":  # whose scaler leaves out such a step
                         self._require_finite("norm of the gradient", grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
             num_frames += batch.clean.numel() * accelerator.num_processes
         self.ema.step(self.model.parameters())
         return mean_loss, grad_norm, num_frames
@@ -275,7 +280,8 @@ class Trainer:
     def log(self, **values: float) -> None:
         """One line of `log.jsonl` and of the console."""
         clock = self.clock
-        values = {"minutes": clock.seconds / 60, "learning_rate": clock.learning_rate, **values}
+        rate = self.args.learning_rate * clock.learning_rate_share
+        values = {"minutes": clock.seconds / 60, "learning_rate": rate, **values}
         values = {"step": clock.step, **{name: float(f"{value:.5g}") for name, value in values.items()}}
         self.accelerator.log(values, step=clock.step)
         if self.accelerator.is_main_process:
@@ -325,6 +331,21 @@ class Trainer:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.output_dir.glob("checkpoint-*"))
+
+
+def create_optimizers(model: FARTransformer3DModel, args: TrainingArguments) -> list[torch.optim.Optimizer]:
+    """AdamW and, with a rate for it, Muon for the matrices of the blocks."""
+    weights = dict(model.named_parameters())
+    optimizers: list[torch.optim.Optimizer] = []
+    if args.muon_learning_rate is not None:
+        blocks = model.transformer_blocks.named_parameters(prefix="transformer_blocks")
+        matrices = [weights.pop(name) for name, weight in blocks if weight.ndim == 2]
+        rate = args.muon_learning_rate
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    rate, betas = args.learning_rate, (args.adam_beta1, args.adam_beta2)
+    adamw = torch.optim.AdamW(list(weights.values()), lr=rate, betas=betas, weight_decay=0.0, fused=True)
+    return [adamw, *optimizers]
 
 
 def replace_folder(source: Path, destination: Path) -> None:

@@ -148,10 +148,9 @@ class Rollout:
             self.scheduler.set_begin_index(0)  # saves a look-up that waits for the device
         modulation = self._modulation(action)
         for index, timestep in enumerate(self.scheduler.timesteps):
-            first = self.cache is not None and index == 0
-            kept = None if modulation is None or first else modulation[index]
+            kept = None if modulation is None or index == 0 else modulation[index]
             velocity = self._velocity(context, latents, timestep, action, kept).float()
-            if first:
+            if self.cache is not None and index == 0:
                 self.cache.append(context.long, context.short)
                 context = ContextFrames((), ())
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]

@@ -156,7 +156,7 @@ def test_the_loss_falls_and_the_weights_load(latents: Path, tmp_path: Path, kind
 @pytest.mark.parametrize("kind", [[], LONG], ids=["base", "long"])
 def test_a_killed_run_resumes_to_the_same_weights(latents: Path, tmp_path: Path, kind: list[str]) -> None:
     more = [*kind, "--max_train_steps", "30", "--save_steps", "2", "--gradient_accumulation_steps", "2"]
-    more += ["--own_context_probability", "0.5"]
+    more += ["--own_context_probability", "0.5", *(["--muon_learning_rate", "1e-2"] if kind else [])]
     run(options(latents, tmp_path / "unbroken", *more))
 
     command = options(latents, tmp_path / "broken", *more)
@@ -173,6 +173,17 @@ def test_a_killed_run_resumes_to_the_same_weights(latents: Path, tmp_path: Path,
     expected = weights(tmp_path / "unbroken")
     for name, value in weights(tmp_path / "broken").items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_muon_trains_the_matrices_of_the_blocks(latents: Path, tmp_path: Path) -> None:
+    run(options(latents, tmp_path / "start", "--max_train_steps", "1"))
+    start = ["--pretrained", str(tmp_path / "start" / "ema"), "--ema_decay", "0"]
+    run(options(latents, tmp_path, *start, "--muon_learning_rate", "1e-2", "--learning_rate", "1e-12"))
+    before, after = weights(tmp_path / "start"), weights(tmp_path)
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        moved = not torch.allclose(value, before[name], atol=1e-8)
+        assert moved == (name.startswith("transformer_blocks.") and value.ndim == 2), name
 
 
 def test_sigterm_saves_and_ends(latents: Path, tmp_path: Path) -> None:
@@ -208,7 +219,7 @@ def test_the_learning_rate_follows_the_clock(latents: Path, tmp_path: Path) -> N
     clock = Trainer(*parse_arguments(options(latents, tmp_path, *schedule, "--warmup_ratio", "0.1"))).clock
     rates = []
     for clock.seconds in (0, 30, 60, 330, 600):
-        rates.append(clock.learning_rate / 3e-3)
+        rates.append(clock.learning_rate_share)
     assert rates == pytest.approx([0.005, 0.5, 1.0, 0.5, 0.0], abs=1e-3)
     assert clock.over
 
@@ -266,6 +277,15 @@ def test_the_shipped_recipe_is_valid(repository: Path) -> None:
 def test_bad_arguments_are_named(latents: Path, tmp_path: Path, more: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(*parse_arguments(options(latents, tmp_path, *more))).train()
+
+
+def test_a_pretrained_model_of_other_latents_is_named(latents: Path, tmp_path: Path) -> None:
+    FARTransformer3DModel(
+        in_channels=5, num_layers=1, num_attention_heads=1, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+    ).save_pretrained(tmp_path / "model")
+    command = options(latents, tmp_path / "run", "--pretrained", str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"pretrained='.*model' takes 5 channels; .* has 2"):
+        Trainer(*parse_arguments(command))
 
 
 def test_unknown_options_of_a_recipe_are_named(tmp_path: Path) -> None:
