@@ -18,6 +18,11 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.stack(values).unflatten(0, prediction.shape[:2])
 
 
+def sharpness(frames: Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels of `[..., H, W]`."""
+    return (frames.diff(dim=-1).abs().mean() + frames.diff(dim=-2).abs().mean()).item() / 2
+
+
 def horizontal_shift(before: Tensor, after: Tensor, max_shift: int = 16) -> Tensor:
     """How far the picture moved to the right between two frames, in pixels.
 

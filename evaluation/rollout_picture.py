@@ -9,6 +9,7 @@ neighbouring pixels) and their mean brightness.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
+
 from diffusers_far import FARVideoPipeline
 from diffusers_far.pipeline_inputs import read_video
-
-
-def sharpness(frames: Tensor) -> float:
-    """Mean absolute difference of neighbouring pixels of `[F, 3, H, W]`."""
-    return (frames.diff(dim=-1).abs().mean() + frames.diff(dim=-2).abs().mean()).item() / 2
+from evaluation.metrics import sharpness
 
 
 def contact_sheet(rows: list[Tensor], zoom: int = 2, gap: int = 2) -> Image.Image:

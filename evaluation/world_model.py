@@ -10,6 +10,7 @@ metadata; `actions[t]` led to frame t). Measured, per frame on [0, 1] and averag
 - whether the picture turns and zooms as the action says: in frames where the true video shows it clearly, the
   share of predicted frames whose measured shift (or zoom) has the same sign, and the same of the
   reconstruction, as a measure of the measure;
+- sharpness of the reconstruction and of the prediction, as a share of the true frames';
 - time per clip and sample, on all threads.
 """
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far import FARVideoPipeline
 from diffusers_far.pipeline_inputs import read_video
-from evaluation.metrics import horizontal_shift, psnr, zoom
+from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
 
 FORWARD, LEFT, RIGHT = 1, 2, 3
 CLEAR_SHIFT = 3  # pixels between two frames from which a turn of the true video is clear
@@ -180,6 +181,8 @@ def main() -> None:
             )
             for name, frames in (("motion", samples[0]), ("motion_reconstruction", decoded))
         },
+        "sharpness_reconstruction": sharpness(decoded) / sharpness(truth),
+        "sharpness_one_sample": sharpness(samples[0]) / sharpness(truth),
         "seconds_per_clip": seconds / len(video) / arguments.samples,
     }
     text = json.dumps(results, indent=2)

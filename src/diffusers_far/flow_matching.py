@@ -1,9 +1,7 @@
-"""FAR's training objective: flow matching per frame, with stochastic clean context (section 3.2). Pure
-functions.
+"""FAR's training objective: flow matching per frame, with stochastic clean context (section 3.2).
 
 Shapes: B batch, F frames, C channels, H x W latent grid. `sigma` is the share of noise in [0, 1]; timesteps
-    are
-`1000 * sigma`, and `CLEAN_TIMESTEP` marks a frame that is given as it is.
+are `1000 * sigma`, and `CLEAN_TIMESTEP` marks a frame that is given as it is.
 """
 
 import torch
@@ -69,8 +67,7 @@ def sample_clean_frames(
 
 
 def frame_loss(prediction: Tensor, target: Tensor, clean: Tensor) -> Tensor:
-    """Squared error of the velocity: mean over a frame, over the noisy frames of a video, then over the
-    batch.
+    """Squared error of the velocity: mean over a frame, over a video's noisy frames, then over the batch.
 
     Args:
         prediction, target: `[B, F, C, H, W]` of the window's frames.

@@ -89,9 +89,7 @@ class FrameLayout:
 
 
 def split_frames(num_frames: int, short_window: int | None) -> tuple[int, int]:
-    """Counts of (long-term, short-term) frames: the last `short_window` frames are short-term, None
-    means all.
-    """
+    """Counts of (long-term, short-term) frames: the last `short_window` ones are short-term, None: all."""
     num_short = num_frames if short_window is None else min(num_frames, short_window)
     return num_frames - num_short, num_short
 

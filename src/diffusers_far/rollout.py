@@ -39,8 +39,8 @@ class Rollout:
         rope_interpolation: ratio by which RoPE's frame positions are divided.
         context_schedule: what the context keeps; by default everything.
         use_cache: keep keys and values of the context; without, all kept frames are computed anew in every
-            step.
-            The two agree as long as no frame is dropped: a cached frame remembers dropped ones that it saw.
+            step. The two agree as long as no frame is dropped: a cached frame remembers dropped ones that it
+            saw.
         generator: for the noise, one or one per video.
         device: where to compute.
     """

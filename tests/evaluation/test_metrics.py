@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from evaluation.metrics import horizontal_shift, psnr, zoom
+from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
 
 
 @pytest.fixture
@@ -25,6 +25,13 @@ def test_psnr_is_that_of_each_frame():
     assert values[0, 1].item() == pytest.approx(20.0, abs=1e-3)
     assert values[1, 2].item() == 100.0  # equal frames
     assert math.isfinite(values.mean().item())
+
+
+def test_sharpness_falls_when_pictures_are_blurred(picture):
+    blurred = functional.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)
+    assert 0 < sharpness(blurred) < sharpness(picture)
+    ramp = torch.arange(4.0).expand(1, 3, 4, 4) / 8  # 1/8 from column to column, nothing from row to row
+    assert sharpness(ramp) == pytest.approx(1 / 16)
 
 
 @pytest.mark.parametrize("shift", [-9, -3, 0, 4, 12])

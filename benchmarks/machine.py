@@ -1,0 +1,36 @@
+"""The machine: what it is, and what it can do at best (the two numbers of a roofline)."""
+
+import platform
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+
+def describe(device: torch.device) -> str:
+    """The processor by name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def seconds(statement: str, **names: object) -> float:
+    """Median time of a statement on all threads."""
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1.0).median
+
+
+def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2e-9 * size**3 / seconds("a @ b", a=a, b=b)
+
+
+def bandwidth_gb(device: torch.device) -> float:
+    """Rate at which memory is read: a matrix far larger than any cache, times a vector."""
+    rows = 16_384 if device.type == "cpu" else 262_144
+    matrix = torch.randn(rows, 8192, device=device)
+    return 1e-9 * matrix.nbytes / seconds("m.mv(v)", m=matrix, v=matrix[0].clone())

@@ -1,0 +1,67 @@
+"""Latency of played frames: a running game of a world model, one action at a time.
+
+    python benchmarks/played.py checkpoints/far-doom-maze-64
+
+Prints JSON: median and 99th percentile of a frame, with decoding and without, and of decoding alone.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from diffusers_far import FARVideoPipeline
+
+
+def milliseconds(times: list[float]) -> dict[str, float]:
+    return {
+        "median_ms": 1e3 * statistics.median(times),
+        "p99_ms": 1e3 * statistics.quantiles(times, n=100)[98],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
+    parser.add_argument("--context", type=int, default=24, help="frames before the first played one")
+    parser.add_argument("--frames", type=int, default=200, help="played frames")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    config, size = pipeline.transformer.config, pipeline.config.sample_size // pipeline.vae_scale_factor
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, arguments.context, config.in_channels, size, size, generator=generator)
+    rollout = pipeline.rollout(
+        video_latents=latents.to(arguments.device), generator=generator, output_type="np"
+    )
+    rollout.step(1)  # encodes the context
+    decode, decoding = rollout.decode, []
+
+    def timed(frame: torch.Tensor) -> object:
+        began = time.perf_counter()
+        pixels = decode(frame)
+        decoding.append(time.perf_counter() - began)
+        return pixels
+
+    rollout.decode = timed
+    frames = []
+    for index in range(arguments.frames):
+        began = time.perf_counter()
+        rollout.step(1 + index % 3)
+        frames.append(time.perf_counter() - began)
+    undecoded = [frame - decoded for frame, decoded in zip(frames, decoding, strict=True)]
+    results = {"steps": pipeline.config.num_inference_steps, "frames_per_second": len(frames) / sum(frames)}
+    for name, times in (("frame", frames), ("frame_without_decoding", undecoded), ("decoding", decoding)):
+        results |= {f"{name}_{figure}": value for figure, value in milliseconds(times).items()}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
