@@ -138,7 +138,6 @@ class Trainer:
         if args.compile:
             model.compile_repeated_blocks(dynamic=True)
         optimizers = create_optimizers(model, args)
-        self.highest_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.clock = RunClock(args, optimizers[0])
         self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)
         self.ema.to(self.accelerator.device)
@@ -193,8 +192,8 @@ class Trainer:
     def train_step(self, batches: Iterator[ClipBatch]) -> tuple[float, float, int]:
         """One optimizer step: loss, norm of the gradient, and frames of the windows, over all processes."""
         accelerator, num_forwards = self.accelerator, self.args.gradient_accumulation_steps
-        for optimizer, highest_rate in zip(self.optimizers, self.highest_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = highest_rate * self.clock.learning_rate_share
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * self.clock.learning_rate_share
         mean_loss, num_frames = 0.0, 0
         for _ in range(num_forwards):
             batch = next(batches).to(accelerator.device)
