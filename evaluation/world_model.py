@@ -10,7 +10,7 @@ metadata; `actions[t]` led to frame t). Measured, per frame on [0, 1] and averag
 - whether the picture turns and zooms as the action says: in frames where the true video shows it clearly, the
   share of predicted frames whose measured shift (or zoom) has the same sign, and the same of the
   reconstruction, as a measure of the measure;
-- sharpness of the reconstruction and of the prediction, as a share of the true frames';
+- LPIPS (AlexNet) of reconstruction and prediction, and their sharpness as a share of the true frames';
 - time per clip and sample, on all threads.
 """
 
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far import FARVideoPipeline
 from diffusers_far.pipeline_inputs import read_video
+from evaluation.lpips import LPIPS
 from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
 
 FORWARD, LEFT, RIGHT = 1, 2, 3
@@ -122,6 +123,14 @@ def motion_agreement(truth: Tensor, prediction: Tensor, actions: Tensor) -> dict
     }
 
 
+@torch.no_grad()
+def perceptual_distance(lpips: LPIPS, frames: Tensor, truth: Tensor, batch_size: int) -> Tensor:
+    """LPIPS `[N, F]` of frames `[N, F, 3, H, W]` in [0, 1]."""
+    pairs = zip(*(video.flatten(0, 1).split(batch_size) for video in (frames, truth)), strict=True)
+    distances = [lpips(2 * one - 1, 2 * other - 1) for one, other in pairs]
+    return torch.cat(distances).unflatten(0, frames.shape[:2])
+
+
 def by_frames_ahead(values: Tensor) -> dict[str, float]:
     """Mean over clips of `[N, F]` values at some frames ahead and over all F."""
     row = {str(ahead): values[:, ahead - 1].mean().item() for ahead in AHEAD if ahead <= values.shape[1]}
@@ -145,6 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    lpips = LPIPS()  # first: its weights may be missing, and the rest takes minutes
     pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     num_context = arguments.context
@@ -180,6 +190,12 @@ def main() -> None:
                 torch.cat([last, truth], 1), torch.cat([last, frames], 1), actions[:, num_context:]
             )
             for name, frames in (("motion", samples[0]), ("motion_reconstruction", decoded))
+        },
+        **{
+            f"lpips_{name}": by_frames_ahead(
+                perceptual_distance(lpips, frames, truth, 16 * arguments.batch_size)
+            )
+            for name, frames in (("reconstruction", decoded), ("one_sample", samples[0]))
         },
         "sharpness_reconstruction": sharpness(decoded) / sharpness(truth),
         "sharpness_one_sample": sharpness(samples[0]) / sharpness(truth),

@@ -6,6 +6,10 @@
 The recipe holds arguments by their names; the command line wins over it. The result is DIR/autoencoder, in
 `save_pretrained` layout: the averaged (EMA) weights, and `scaling_factor` = 1 / deviation of the latents.
 
+As published, a second run sharpens the first one's decoder against a discriminator, on the same latents:
+
+    --init_from DIR/autoencoder --freeze_encoder true --perceptual_loss_weight 1 --adversarial_loss_weight 0.5
+
     latent = autoencoder.encode(2 * frame - 1).latent * scaling_factor                  # frame in [0, 1]
     frame = (autoencoder.decode(latent / scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
@@ -32,7 +36,10 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
+from evaluation.lpips import LPIPS
+from evaluation.metrics import sharpness
 from training.data.video_folder import list_episodes, load_frames
+from training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -65,6 +72,17 @@ class AutoencoderArguments:
     gradient_loss_weight: float = field(
         default=0.5, metadata={"help": "weight of the L1 of differences in x and y beside the L1 of pixels"}
     )
+    perceptual_loss_weight: float = field(
+        default=0.0, metadata={"help": "weight of LPIPS (VGG); published: 1"}
+    )
+    adversarial_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of a discriminator's opinion, times the adaptive one; published: 0.5"},
+    )
+    discriminator_learning_rate: float = field(default=2e-4, metadata={"help": "constant"})
+    discriminator_downsamples: int = field(
+        default=2, metadata={"help": "it judges patches of 16 pixels with 1, 34 with 2, 70 with 3"}
+    )
     latent_noise: float = field(
         default=0.0, metadata={"help": "noise on what the decoder sees, in deviations of the batch's latents"}
     )
@@ -87,10 +105,13 @@ class AutoencoderArguments:
         for name in (
             *("latent_channels", "max_train_steps", "batch_size", "learning_rate", "max_grad_norm"),
             *("logging_steps", "validation_steps", "num_validation_frames", "num_scaling_frames"),
-            *("save_steps", "keep_checkpoints"),
+            *("save_steps", "keep_checkpoints", "discriminator_learning_rate", "discriminator_downsamples"),
         ):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("warmup_steps", "gradient_loss_weight", "latent_noise"):
+        for name in (
+            *("warmup_steps", "gradient_loss_weight", "perceptual_loss_weight", "adversarial_loss_weight"),
+            "latent_noise",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
         precision = self.mixed_precision
@@ -122,26 +143,30 @@ def parse_arguments(command_line: list[str]) -> AutoencoderArguments:
     return arguments
 
 
-class ReconstructionLoss(nn.Module):
-    """What a step trains: one `forward`, so that wrappers for several processes see the whole computation."""
+class Reconstruction(nn.Module):
+    """Decodes what it encodes, in one `forward`, so that wrappers for several processes see all of it."""
 
-    def __init__(self, autoencoder: AutoencoderDC, gradient_weight: float, latent_noise: float) -> None:
+    def __init__(self, autoencoder: AutoencoderDC, latent_noise: float) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self.gradient_weight = gradient_weight
         self.latent_noise = latent_noise
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Loss of frames [B, 3, H, W] in [-1, 1]."""
+        """Frames [B, 3, H, W] in [-1, 1] to their reconstructions."""
         latents = self.autoencoder.encode(frames).latent  # [B, C, h, w]
         if self.latent_noise:
             # The deviation is a constant here, or the encoder would learn to drown the noise.
             deviation = latents.detach().float().std()
             latents = latents + self.latent_noise * deviation * torch.randn_like(latents)
-        error = self.autoencoder.decode(latents).sample.float() - frames
-        # The gradient of the error is the error of the gradients: it keeps edges sharp.
-        gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + self.gradient_weight * gradients
+        return self.autoencoder.decode(latents).sample.float()
+
+
+def pixel_loss(decoded: Tensor, frames: Tensor, gradient_weight: float) -> Tensor:
+    """L1 of pixels and, weighted, of the differences between neighbours."""
+    error = decoded - frames
+    # The gradient of the error is the error of the gradients: it keeps edges sharp.
+    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + gradient_weight * gradients
 
 
 def build_autoencoder(arguments: AutoencoderArguments) -> AutoencoderDC:
@@ -185,15 +210,21 @@ def learning_rate_at(step: int, arguments: AutoencoderArguments) -> float:
 
 
 @torch.no_grad()
-def measure_psnr(autoencoder: AutoencoderDC, frames: np.ndarray, device: torch.device) -> float:
-    """Mean over uint8 frames [N, H, W, 3] of the PSNR of each one's reconstruction, in dB."""
-    psnr = []
+def measure(autoencoder: AutoencoderDC, frames: np.ndarray, device: torch.device) -> tuple[float, float]:
+    """PSNR in dB, the mean over frames, and sharpness as a share of theirs, of reconstructions.
+
+    Args:
+        frames: uint8 [N, H, W, 3].
+    """
+    errors, sharp, sharp_frames = [], 0.0, 0.0
     for chunk in np.array_split(frames, math.ceil(len(frames) / 64)):
         inputs = to_input(chunk, device)
-        decoded = autoencoder.decode(autoencoder.encode(inputs).latent).sample
-        error = (decoded.clamp(-1, 1) - inputs) / 2
-        psnr.append(-10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10())
-    return torch.cat(psnr).mean().item()
+        decoded = autoencoder.decode(autoencoder.encode(inputs).latent).sample.clamp(-1, 1)
+        errors.append(((decoded - inputs) / 2).square().mean(dim=(1, 2, 3)))
+        sharp += len(chunk) * sharpness(decoded)
+        sharp_frames += len(chunk) * sharpness(inputs)
+    psnr = -10 * torch.cat(errors).clamp(min=1e-10).log10().mean().item()
+    return psnr, sharp / max(sharp_frames, 1e-10)
 
 
 @torch.no_grad()
@@ -262,13 +293,30 @@ def train(arguments: AutoencoderArguments) -> None:
     validation_frames = spread(validation_frames, arguments.num_validation_frames)
 
     autoencoder = build_autoencoder(arguments).to(device)
-    objective = ReconstructionLoss(autoencoder, arguments.gradient_loss_weight, arguments.latent_noise)
+    reconstruct = Reconstruction(autoencoder, arguments.latent_noise)
     trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMAModel(autoencoder.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(device)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    reconstruct, optimizer = accelerator.prepare(reconstruct, optimizer)
     accelerator.register_for_checkpointing(ema)
+    perceptual = None
+    if arguments.perceptual_loss_weight:
+        perceptual = LPIPS("vgg16").to(device, memory_format=torch.channels_last)
+    if arguments.adversarial_loss_weight:
+        # A convolution, or a block with one, depending on whether there are layers at full resolution.
+        last_weight = [weight for weight in autoencoder.decoder.conv_out.parameters() if weight.ndim == 4][-1]
+        discriminator = PatchDiscriminator(arguments.discriminator_downsamples)
+        discriminator.to(device, memory_format=torch.channels_last)
+        discriminator_loss, discriminator_optimizer = accelerator.prepare(
+            DiscriminatorLoss(discriminator),
+            torch.optim.AdamW(
+                discriminator.parameters(),
+                lr=arguments.discriminator_learning_rate,
+                betas=(0.5, 0.9),
+                weight_decay=0.0,
+            ),
+        )
 
     first_step = 0
     if (checkpoint := find_checkpoint(arguments)) is not None:
@@ -283,7 +331,19 @@ def train(arguments: AutoencoderArguments) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, arguments)
         inputs = to_input(draw_batch(train_frames, arguments, step, process), device)
-        loss = objective(inputs)
+        decoded = reconstruct(inputs)
+        loss = pixel_loss(decoded, inputs, arguments.gradient_loss_weight)
+        if perceptual is not None:
+            with accelerator.autocast():
+                distance = perceptual(decoded, inputs).mean()
+            loss = loss + arguments.perceptual_loss_weight * distance
+        if arguments.adversarial_loss_weight:
+            discriminator.requires_grad_(False)  # it judges here and learns below
+            with accelerator.autocast():
+                adversarial = -discriminator(decoded).float().mean()
+            discriminator.requires_grad_(True)
+            weight = adaptive_weight(loss, adversarial, last_weight)
+            loss = loss + arguments.adversarial_loss_weight * weight * adversarial
         done = step + 1
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {done}")
@@ -292,6 +352,10 @@ def train(arguments: AutoencoderArguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
         ema.step(autoencoder.parameters())
+        if arguments.adversarial_loss_weight:
+            accelerator.backward(discriminator_loss(inputs, decoded.detach()))
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
 
         if done % arguments.logging_steps == 0 and accelerator.is_main_process:
             speed = (done - first_step) / (time.monotonic() - start)
@@ -302,8 +366,8 @@ def train(arguments: AutoencoderArguments) -> None:
         if (done % arguments.validation_steps == 0 or last) and accelerator.is_main_process:
             ema.store(autoencoder.parameters())
             ema.copy_to(autoencoder.parameters())
-            psnr = measure_psnr(autoencoder, validation_frames, device)
-            logger.info("step %d: validation PSNR %.2f dB", done, psnr)
+            psnr, sharp = measure(autoencoder, validation_frames, device)
+            logger.info("step %d: validation PSNR %.2f dB, sharpness %.3f of the frames'", done, psnr, sharp)
             ema.restore(autoencoder.parameters())
 
     if accelerator.is_main_process:

@@ -14,6 +14,7 @@ import yaml
 from diffusers import AutoencoderDC
 
 from diffusers_far import read_video
+from evaluation.metrics import sharpness
 from training import train_autoencoder as script
 from training.data.video_folder import list_episodes, load_frames
 
@@ -90,7 +91,8 @@ def test_training_lowers_the_loss(data: Path, trained: Path, tmp_path: Path) -> 
     after = AutoencoderDC.from_pretrained(trained / "autoencoder")
     with torch.no_grad():
         loss_before, loss_after = (
-            script.ReconstructionLoss(model, 0.5, 0.0)(inputs) for model in (before, after)
+            script.pixel_loss(script.Reconstruction(model, 0.0)(inputs), inputs, 0.5)
+            for model in (before, after)
         )
     assert loss_after < 0.4 * loss_before
 
@@ -105,7 +107,9 @@ def test_output_is_in_the_convention_of_the_pipeline(data: Path, trained: Path) 
     # All 36 training frames are in the sample that scaling_factor is measured on.
     assert latents.std().item() == pytest.approx(1, abs=1e-4)
     psnr = -10 * (decoded - frame).square().mean(dim=(1, 2, 3)).log10().mean().item()
-    assert script.measure_psnr(autoencoder, frames, CPU) == pytest.approx(psnr, abs=0.01)
+    measured, sharp = script.measure(autoencoder, frames, CPU)
+    assert measured == pytest.approx(psnr, abs=0.01)
+    assert sharp == pytest.approx(sharpness(decoded) / sharpness(frame), abs=0.001)
 
 
 def test_resumed_run_equals_an_unbroken_one(data: Path, tmp_path: Path) -> None:
@@ -136,6 +140,50 @@ def test_frozen_encoder_keeps_latents_valid(data: Path, trained: Path, tmp_path:
     assert not torch.equal(after.decoder.conv_in.weight, before.decoder.conv_in.weight)
 
 
+ADVERSARIAL = {"perceptual_loss_weight": 1.0, "adversarial_loss_weight": 0.5, "discriminator_downsamples": 1}
+
+
+def test_perceptual_loss_brings_reconstructions_nearer_in_lpips(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    inputs = script.to_input(frames_of(data, "train"), CPU)
+    stage = {"init_from": str(trained / "autoencoder"), "freeze_encoder": True, "max_train_steps": 20}
+    distances = []
+    for weight in (0.0, 5.0):
+        output = tmp_path / str(weight)
+        script.train(tiny_run(data, output, learning_rate=2e-3, perceptual_loss_weight=weight, **stage))
+        autoencoder = AutoencoderDC.from_pretrained(output / "autoencoder")
+        with torch.no_grad():
+            decoded = script.Reconstruction(autoencoder, 0.0)(inputs)
+            distances.append(script.LPIPS("vgg16")(decoded, inputs).mean())
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_adversarial_run_resumes_as_if_unbroken(data: Path, trained: Path, tmp_path: Path) -> None:
+    """The discriminator and its optimizer belong to the state of a run."""
+    stage = {
+        "init_from": str(trained / "autoencoder"),
+        "freeze_encoder": True,
+        "max_train_steps": 4,
+        "save_steps": 2,
+    }
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    script.train(tiny_run(data, unbroken, **stage, **ADVERSARIAL))
+    shutil.copytree(unbroken / "checkpoint-2", resumed / "checkpoint-2")
+    script.train(tiny_run(data, resumed, resume_from="latest", **stage, **ADVERSARIAL))
+    expected, got = weights(unbroken), weights(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_discriminator_changes_what_is_learned(data: Path, trained: Path, tmp_path: Path) -> None:
+    stage = {"init_from": str(trained / "autoencoder"), "freeze_encoder": True, "learning_rate": 1e-3}
+    for name, adversary in (("without", {}), ("with", ADVERSARIAL | {"perceptual_loss_weight": 0.0})):
+        script.train(tiny_run(data, tmp_path / name, **stage, **adversary))
+    plain, adversarial = weights(tmp_path / "without"), weights(tmp_path / "with")
+    assert all(torch.equal(plain[name], adversarial[name]) for name in plain if name.startswith("encoder"))
+    assert not torch.equal(plain["decoder.conv_in.weight"], adversarial["decoder.conv_in.weight"])
+
+
 def test_checkpoints_beyond_the_limit_are_removed(data: Path, tmp_path: Path) -> None:
     script.train(tiny_run(data, tmp_path, save_steps=1, keep_checkpoints=2))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
@@ -156,11 +204,10 @@ def test_learning_rate_rises_then_falls_to_zero(data: Path, tmp_path: Path) -> N
 
 
 def test_gradient_loss_is_that_of_the_finite_differences(data: Path, tmp_path: Path) -> None:
-    autoencoder = script.build_autoencoder(tiny_run(data, tmp_path))
     inputs = script.to_input(frames_of(data, "train")[:4], CPU)
     with torch.no_grad():
-        decoded = autoencoder.decode(autoencoder.encode(inputs).latent).sample
-        loss = script.ReconstructionLoss(autoencoder, 0.3, 0.0)(inputs)
+        decoded = script.Reconstruction(script.build_autoencoder(tiny_run(data, tmp_path)), 0.0)(inputs)
+        loss = script.pixel_loss(decoded, inputs, 0.3)
     expected = (decoded - inputs).abs().mean()
     for dim in (-1, -2):
         expected += 0.3 * (decoded.diff(dim=dim) - inputs.diff(dim=dim)).abs().mean()
@@ -178,6 +225,8 @@ def test_loss_that_is_not_finite_stops_with_the_step(data: Path, tmp_path: Path)
     [
         ({"batch_size": 0}, "batch_size: got 0; it takes a positive number"),
         ({"latent_noise": -0.1}, "latent_noise: got -0.1; it takes"),
+        ({"perceptual_loss_weight": -1.0}, "perceptual_loss_weight: got -1.0; it takes"),
+        ({"discriminator_downsamples": 0}, "discriminator_downsamples: got 0; it takes a positive number"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0; it takes"),
         ({"mixed_precision": "int8"}, "mixed_precision: got 'int8'; it takes no, bf16 or fp16"),
         (
@@ -212,9 +261,12 @@ def test_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
         script.parse_arguments([str(recipe)])
 
 
-def test_shipped_recipe_is_valid(repository: Path) -> None:
-    arguments = script.parse_arguments([str(repository / "training/recipes/autoencoder_doom_maze.yaml")])
+def test_shipped_recipes_are_valid(repository: Path) -> None:
+    recipes = repository / "training/recipes"
+    arguments = script.parse_arguments([str(recipes / "autoencoder_doom_maze.yaml")])
     assert script.build_autoencoder(arguments).spatial_compression_ratio == 8
+    second = script.parse_arguments([str(recipes / "autoencoder_doom_maze_decoder.yaml")])
+    assert second.init_from == f"{arguments.output_dir}/autoencoder" and second.freeze_encoder
 
 
 def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
