@@ -8,6 +8,7 @@ from diffusers_far.flow_matching import (
     add_noise,
     frame_loss,
     sample_clean_frames,
+    sample_intervals,
     sample_sigmas,
     velocity_target,
 )
@@ -77,3 +78,15 @@ def test_clean_frames_leave_the_loss() -> None:
     changed[0, [0, 3]] += 100
     assert torch.equal(frame_loss(changed, target, clean), loss)
     assert frame_loss(prediction.bfloat16(), target, clean).dtype == torch.float32
+
+
+def test_intervals_are_still_or_long() -> None:
+    sigmas = sample_sigmas((2000, 4), generator())
+    start, end = sample_intervals(sigmas, generator())
+    still = start == end
+    assert still.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(start[still], sigmas[still])
+    assert (start >= end).all() and end.min() >= 0 and start.max() <= 1
+    # The larger and the smaller of two even draws.
+    assert start[~still].mean().item() == pytest.approx(2 / 3, abs=0.02)
+    assert end[~still].mean().item() == pytest.approx(1 / 3, abs=0.02)

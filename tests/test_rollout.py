@@ -134,6 +134,24 @@ def test_a_rollout_is_the_sampler_of_the_paper(name: str, guidance_scale: int) -
     assert max_error(roll(model, 3, 4, guidance_scale=guidance_scale), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+@torch.no_grad()
+def test_a_flow_map_is_told_where_each_step_ends(num_steps: int) -> None:
+    model = long_transformer(num_actions=5, use_meanflow=True)
+    video = latents(BATCH, 6)
+    frame = noise(*video[:, :1].shape, seed=100)
+    for index in range(num_steps):
+        start, end = 1 - index / num_steps, 1 - (index + 1) / num_steps
+        timestep, timestep_r = (torch.full((BATCH, 7), -1.0) for _ in range(2))
+        timestep[:, -1], timestep_r[:, -1] = 1000 * start, 1000 * end
+        frames, actions = torch.cat([video, frame], dim=1), action_table(7)
+        velocity = model(frames, timestep, actions=actions, timestep_r=timestep_r).sample[:, -1:]
+        frame = frame - (start - end) * velocity
+    for use_cache in (True, False):
+        made = roll(model, 6, 1, num_inference_steps=num_steps, use_cache=use_cache)
+        assert max_error(made, frame) <= 1e-5
+
+
 def step_with_corrupt_slot(rollout: Rollout, level: str, part: str, slot: int) -> Tensor:
     """A new frame, from its second denoising step on with a context frame that is not what it was."""
     cache = rollout.cache

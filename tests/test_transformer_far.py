@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from diffusers_far import FARTransformer3DModel, transformer_far
-from diffusers_far.transformer_far import FARAttention, FARAttnProcessor
+from diffusers_far.attention import FARAttention, FARAttnProcessor
 from tests.tiny_models import SIZE, generator, latents, long_transformer, max_error, pipeline, transformer
 
 BASE = {"num_classes": 5, "num_actions": 4}
@@ -344,6 +344,34 @@ def test_autocast_with_a_cache(name: str) -> None:
         sample = pipe(**arguments).frames
     assert sample.dtype == torch.float32
     assert 0 < max_error(sample, expected) < 0.1 * expected.abs().max().item()
+
+
+@both
+def test_an_interval_of_no_length_is_an_instant(name: str) -> None:
+    model = MODELS[name](use_meanflow=True)
+    timestep = inputs()["timestep"]
+    expected = run(model)
+    assert max_error(run(model, timestep_r=timestep), expected) <= 1e-6
+    last = timestep.clone()
+    last[:, -1] -= 200
+    changed = run(model, timestep_r=last)
+    assert torch.equal(changed[:, :-1], run(model, timestep_r=timestep)[:, :-1])  # of the last frame only
+    assert max_error(changed[:, -1], expected[:, -1]) > 1e-3
+
+
+def test_intervals_mean_nothing_to_a_model_that_has_not_learned_them() -> None:
+    model = long_transformer(num_actions=4, num_classes=5)
+    changed = FARTransformer3DModel.from_config(model.config, use_meanflow=True)
+    changed.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(run(changed, timestep_r=inputs()["timestep"] * 0.5), run(model))
+
+
+def test_bad_intervals() -> None:
+    timestep = inputs()["timestep"]
+    with pytest.raises(ValueError, match=r"timestep_r given to a model .*use_meanflow=False"):
+        run(transformer(**BASE), timestep_r=timestep)
+    with pytest.raises(ValueError, match=r"timestep_r has shape \(2,\); it takes \(2, 7\)"):
+        run(transformer(**BASE, use_meanflow=True), timestep_r=timestep[:, 0])
 
 
 def test_declared_modules_exist() -> None:

@@ -105,10 +105,7 @@ class Trainer:
         set_seed(args.seed)
         videos = LatentVideos(Path(args.latents) / "train")
         channels = videos.frame_shape[0]
-        if args.pretrained:
-            model = FARTransformer3DModel.from_pretrained(args.pretrained)
-        else:
-            model = FARTransformer3DModel(in_channels=channels, **asdict(model_args))
+        model = self.create_model(model_args, channels)
         config = model.config
         if config.in_channels != channels:
             raise ValueError(
@@ -133,8 +130,6 @@ class Trainer:
         )
         decay, power = args.ema_decay, args.ema_power
         self.ema = EMAModel(model.parameters(), decay, use_ema_warmup=True, power=power, foreach=True)
-        if args.attention == "matmul":
-            model.set_attn_processor(MatmulAttnProcessor())
         if args.compile:
             model.compile_repeated_blocks(dynamic=True)
         optimizers = create_optimizers(model, args)
@@ -151,6 +146,16 @@ class Trainer:
         if args.report_to:
             config = {name: value for name, value in asdict(args).items() if value is not None}
             self.accelerator.init_trackers("far", config=config)
+
+    def create_model(self, model_args: ModelArguments, in_channels: int) -> FARTransformer3DModel:
+        """The model as training begins."""
+        if self.args.pretrained:
+            model = FARTransformer3DModel.from_pretrained(self.args.pretrained)
+        else:
+            model = FARTransformer3DModel(in_channels=in_channels, **asdict(model_args))
+        if self.args.attention == "matmul":
+            model.set_attn_processor(MatmulAttnProcessor())
+        return model
 
     # --------------------------------------------------------------------------------------------------------
     # Training
@@ -198,7 +203,7 @@ class Trainer:
         for _ in range(num_forwards):
             batch = next(batches).to(accelerator.device)
             with accelerator.accumulate(self.model):
-                loss = self.loss(batch)
+                loss = self.training_loss(batch)
                 mean_loss += accelerator.reduce(loss.detach(), "mean").item() / num_forwards
                 self._require_finite("loss", mean_loss)
                 accelerator.backward(loss)
@@ -219,6 +224,10 @@ class Trainer:
         if not math.isfinite(value):
             last = next(reversed(self._checkpoints()), "none")
             raise FloatingPointError(f"step {self.clock.step}: {name} is {value}; last checkpoint: {last}")
+
+    def training_loss(self, batch: ClipBatch) -> Tensor:
+        """What is minimised; `loss` is what validation measures too."""
+        return self.loss(batch)
 
     def loss(self, batch: ClipBatch) -> Tensor:
         """Squared error of the velocity of the window's noisy frames."""

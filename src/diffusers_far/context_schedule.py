@@ -16,9 +16,8 @@ class ContextSchedule:
     """What stays short-term, becomes long-term, or is dropped as a video grows.
 
     With no bound all frames are kept, as published: a base model keeps each in full, a Long model keeps the
-        last
-    `short_window` (the frame being denoised included) in full and all older ones as long-term frames. With
-    bounds a rollout runs in constant memory, however long.
+    last `short_window` (the frame being denoised included) in full and all older ones as long-term frames.
+    With bounds a rollout runs in constant memory, however long.
 
     Args:
         max_short_frames: short-term frames, the one being denoised included. For a base model this is a

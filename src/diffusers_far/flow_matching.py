@@ -42,6 +42,24 @@ def sample_sigmas(
     return 1 - index.float() / num_train_timesteps
 
 
+def sample_intervals(sigmas: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Steps to train a flow map on: where each begins and ends (MeanFlow, arXiv 2505.13447).
+
+    Half of them have no length and lie at the given levels, as in flow matching. The others are evenly spread
+    over all pairs of levels, since long steps from pure noise are what few-step sampling takes.
+
+    Args:
+        sigmas: `[B, F]` levels.
+        generator: CPU generator of the draw.
+
+    Returns:
+        `[2, B, F]` sigmas in [0, 1], the first at least the second.
+    """
+    pair = torch.rand(2, *sigmas.shape, generator=generator).sort(dim=0, descending=True).values
+    still = torch.rand(sigmas.shape, generator=generator) < 0.5
+    return torch.where(still, sigmas, pair)
+
+
 def sample_clean_frames(
     shape: tuple[int, int],
     probability: float,

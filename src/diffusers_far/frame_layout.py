@@ -168,6 +168,7 @@ def check_inputs(
     timestep: Tensor,
     class_labels: Tensor | None,
     actions: Tensor | None,
+    timestep_r: Tensor | None,
     frame_positions: Tensor | None,
     num_long_frames: int | None,
     modulation: Sequence[Tensor] | None,
@@ -182,6 +183,7 @@ def check_inputs(
         ("timestep", timestep, shape[:2]),
         ("class_labels", class_labels, shape[:1]),
         ("actions", actions, shape[:2]),
+        ("timestep_r", timestep_r, shape[:2]),
         ("frame_positions", frame_positions, shape[1:2]),
     ):
         if tensor is not None and tuple(tensor.shape) != expected:
@@ -190,6 +192,8 @@ def check_inputs(
         raise ValueError("class_labels given to a model without classes (num_classes=None)")
     if actions is not None and not config.num_actions:
         raise ValueError("actions given to a model without actions (num_actions=None)")
+    if timestep_r is not None and not config.use_meanflow:
+        raise ValueError("timestep_r given to a model of velocities at an instant (use_meanflow=False)")
     if modulation is not None and (num_long_frames or tuple(modulation[-1].shape[:2]) != shape[:2]):
         found = f"{tuple(modulation[-1].shape[:2])} with num_long_frames={num_long_frames}"
         raise ValueError(f"modulation is of frames {found}; it takes {shape[:2]}, none of them long-term")

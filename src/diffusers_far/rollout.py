@@ -143,13 +143,20 @@ class Rollout:
             noise = randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
         context = self._encode_context()
         latents = noise
-        self.scheduler.set_timesteps(self.num_inference_steps, device=self.device)
+        if self.transformer.config.use_meanflow:
+            # Equal steps to zero. As published, the last one goes from 1/1000 to zero: a forward for nothing.
+            sigmas = [1 - index / self.num_inference_steps for index in range(self.num_inference_steps)]
+            self.scheduler.set_timesteps(sigmas=sigmas, device=self.device)
+        else:
+            self.scheduler.set_timesteps(self.num_inference_steps, device=self.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # saves a look-up that waits for the device
-        modulation = self._modulation(action)
-        for index, timestep in enumerate(self.scheduler.timesteps):
+        levels = self.scheduler.timesteps
+        ends = torch.cat([levels[1:], levels.new_zeros(1)])
+        modulation = self._modulation(ends, action)
+        for index, (timestep, end) in enumerate(zip(levels, ends, strict=True)):
             kept = None if modulation is None or index == 0 else modulation[index]
-            velocity = self._velocity(context, latents, timestep, action, kept).float()
+            velocity = self._velocity(context, latents, timestep, end, action, kept).float()
             if self.cache is not None and index == 0:
                 self.cache.append(context.long, context.short)
                 context = ContextFrames((), ())
@@ -198,15 +205,18 @@ class Rollout:
         for frame in self._latents.keys() - needed:
             del self._latents[frame], self._actions[frame]
 
-    def _modulation(self, action: Tensor | None) -> list[list[Tensor]] | None:
+    def _modulation(self, ends: Tensor, action: Tensor | None) -> list[list[Tensor]] | None:
         """Of each denoising step of the next frame; None where its weights are not at hand (offloaded)."""
         devices = {weight.device for weight in self.transformer.parameters()}
         if self.cache is None or len(devices) > 1 or devices.pop().type != self.device.type:
             return None
-        levels = self.scheduler.timesteps.float()
+        levels = self.scheduler.timesteps
         labels = self._with_null(self.class_labels)
         actions = self._with_null(self._stack_actions([action] * len(levels)))
-        modulation = self.transformer.modulation(levels.expand(self.num_sequences, -1), labels, actions)
+        timestep, timestep_r = (values.float().expand(self.num_sequences, -1) for values in (levels, ends))
+        if not self.transformer.config.use_meanflow:
+            timestep_r = None
+        modulation = self.transformer.modulation(timestep, labels, actions, timestep_r)
         return [[layer[:, step : step + 1] for layer in modulation] for step in range(len(levels))]
 
     def _velocity(
@@ -214,11 +224,12 @@ class Rollout:
         context: ContextFrames,
         latents: Tensor,
         timestep: Tensor,
+        end: Tensor,
         action: Tensor | None,
         modulation: list[Tensor] | None,
     ) -> Tensor:
         """Velocity `[B, 1, C, h, w]` of the frame being denoised, with guidance."""
-        velocity = self._forward(context, latents, timestep, action, modulation)[:, -1:]
+        velocity = self._forward(context, latents, timestep, end, action, modulation)[:, -1:]
         if self.do_classifier_free_guidance:
             null, conditioned = velocity.chunk(2)
             velocity = null + self.guidance_scale * (conditioned - null)
@@ -229,6 +240,7 @@ class Rollout:
         context: ContextFrames,
         latents: Tensor | None = None,
         timestep: Tensor | None = None,
+        end: Tensor | None = None,
         action: Tensor | None = None,
         modulation: list[Tensor] | None = None,
     ) -> Tensor:
@@ -236,11 +248,14 @@ class Rollout:
         frames = [*context.long, *context.short]
         inputs = [self._latents[frame] for frame in frames]
         actions = [self._actions[frame] for frame in frames]
-        timesteps = [torch.full((), CLEAN_TIMESTEP, device=self.device)] * len(frames)
-        if latents is not None and timestep is not None:
+        timesteps = ends = [torch.full((), CLEAN_TIMESTEP, device=self.device)] * len(frames)
+        if latents is not None and timestep is not None and end is not None:
             frames, inputs, actions = [*frames, self.num_frames], [*inputs, latents], [*actions, action]
-            timesteps = [*timesteps, timestep.float()]
+            timesteps, ends = [*timesteps, timestep.float()], [*ends, end.float()]
         hidden_states = torch.cat(inputs, dim=1).to(self.transformer.dtype)
+        timestep_r = None  # where a step ends is for models of mean velocities
+        if self.transformer.config.use_meanflow:
+            timestep_r = torch.stack(ends).expand(self.num_sequences, -1)
         return self.transformer(
             hidden_states.repeat(self.num_sequences // self.batch_size, 1, 1, 1, 1),
             torch.stack(timesteps).expand(self.num_sequences, -1),
@@ -252,6 +267,7 @@ class Rollout:
             num_long_frames=len(context.long),
             frame_positions=torch.tensor(frames, device=self.device),
             modulation=modulation,
+            timestep_r=timestep_r,
             return_dict=False,
         )[0]
 

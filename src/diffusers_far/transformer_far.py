@@ -3,20 +3,20 @@
 Dimensions: B batch, F frames, C latent channels, H x W latent grid, N tokens, D model width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .attention import FARAttention
 from .frame_layout import (
     FrameLayout,
     attention_mask,
@@ -26,8 +26,7 @@ from .frame_layout import (
     unpatchify,
 )
 from .kv_cache import FARCache, LayerCache
-from .matmul_attention import matmul_attention
-from .rope import RotaryEmbedding, rotate, signed_rotary
+from .rope import RotaryEmbedding, signed_rotary
 from .single_file import FARSingleFileMixin
 
 
@@ -73,118 +72,6 @@ class FARAdaLayerNormOut(nn.Module):
 
 
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
-
-
-class FARAttnProcessor:
-    """Joint attention of long-term and short-term tokens over the context in the cache and themselves."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "FARAttention",
-        hidden_states: Tensor,
-        image_rotary_emb: RotaryEmbedding,
-        num_long_tokens: int = 0,
-        attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        query, key, value = attn.project(hidden_states, num_long_tokens)  # each [B, N, heads, head_dim]
-        query, key = rotate(torch.cat([query, key], dim=2), image_rotary_emb).chunk(2, dim=2)
-        if cache is not None:
-            key, value = cache.extend(key, value)
-        one_frame = attention_mask is None or attention_mask.shape[-2] == 1
-        exact_on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-        if self._attention_backend is None and one_frame and exact_on_cpu:
-            hidden_states = matmul_attention(query, key, value, attention_mask)
-        else:
-            backend, parallel_config = self._attention_backend, self._parallel_config
-            hidden_states = dispatch_attention_fn(
-                query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
-            )
-        return attn.project_out(hidden_states.flatten(2, 3).to(query.dtype), num_long_tokens)
-
-
-class FARAttention(nn.Module, AttentionModuleMixin):
-    """Attention with RMS-normalised queries and keys and own projections for long-term tokens.
-
-    Args:
-        dim: D.
-        heads, dim_head: attention heads and their channels; `heads * dim_head == dim`.
-        long_context: give long-term tokens projections of their own (section 3.3).
-        long_context_out: whether the long-term tokens are read after this layer; False in the last one.
-    """
-
-    _default_processor_cls = FARAttnProcessor
-    _available_processors = [FARAttnProcessor]
-    processor: Callable[..., Tensor]
-    to_qkv: nn.Linear  # these two are made by fuse_projections
-    to_added_qkv: nn.Linear
-
-    def __init__(
-        self, dim: int, heads: int, dim_head: int, long_context: bool = False, long_context_out: bool = True
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.head_dim = dim_head
-        self.use_bias = True
-        self.added_proj_bias = True
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.norm_q = nn.RMSNorm(dim_head, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim_head, eps=1e-6)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.long_context = long_context
-        self.to_add_out = nn.Linear(dim, dim) if long_context and long_context_out else None
-        if long_context:
-            self.add_q_proj = nn.Linear(dim, dim)
-            self.add_k_proj = nn.Linear(dim, dim)
-            self.add_v_proj = nn.Linear(dim, dim)
-            self.norm_added_q = nn.RMSNorm(dim_head, eps=1e-6)
-            self.norm_added_k = nn.RMSNorm(dim_head, eps=1e-6)
-        self.processor = self._default_processor_cls()
-
-    def project(self, hidden_states: Tensor, num_long_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `[B, N, heads, head_dim]` of tokens `[B, N, D]`."""
-        fused = self.fused_projections
-        short_linears = [self.to_qkv] if fused else [self.to_q, self.to_k, self.to_v]
-        short_norms = (self.norm_q, self.norm_k)
-        if num_long_tokens == 0:
-            return self._project(hidden_states, short_linears, *short_norms)
-        long_linears = [self.to_added_qkv] if fused else [self.add_q_proj, self.add_k_proj, self.add_v_proj]
-        long_norms = (self.norm_added_q, self.norm_added_k)
-        long = self._project(hidden_states[:, :num_long_tokens], long_linears, *long_norms)
-        short = self._project(hidden_states[:, num_long_tokens:], short_linears, *short_norms)
-        query, key, value = (torch.cat(pair, dim=1) for pair in zip(long, short, strict=True))
-        return query, key, value
-
-    def _project(
-        self, tokens: Tensor, linears: list[nn.Linear], norm_q: nn.Module, norm_k: nn.Module
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        projected = [part for linear in linears for part in linear(tokens).chunk(3 // len(linears), dim=-1)]
-        query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
-        return norm_q(query), norm_k(key), value
-
-    def project_out(self, hidden_states: Tensor, num_long_tokens: int) -> Tensor:
-        """Output projection `[B, N, D]`; long-term tokens pass as they are where nothing reads them."""
-        if num_long_tokens == 0:
-            return self.to_out[0](hidden_states)
-        long, short = hidden_states[:, :num_long_tokens], hidden_states[:, num_long_tokens:]
-        if self.to_add_out is not None:
-            long = self.to_add_out(long)
-        return torch.cat([long, self.to_out[0](short)], dim=1)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        image_rotary_emb: RotaryEmbedding,
-        num_long_tokens: int = 0,
-        attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        return self.processor(self, hidden_states, image_rotary_emb, num_long_tokens, attention_mask, cache)
 
 
 class FARTransformerBlock(nn.Module):
@@ -234,6 +121,8 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         num_classes: classes of a class-conditional model (one label per video).
         num_actions: actions of an action-conditional model (one action per frame, the one that led to it).
         short_window: short-term frames of a Long model, the frame being denoised included.
+        use_meanflow: predict the mean velocity from `timestep` down to `timestep_r` (arXiv 2505.13447), so
+            that few denoising steps do for many.
     """
 
     _supports_gradient_checkpointing = True
@@ -257,6 +146,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         num_classes: int | None = None,
         num_actions: int | None = None,
         short_window: int = 16,
+        use_meanflow: bool = False,
     ) -> None:
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(axis % 2 for axis in axes_dims_rope):
@@ -275,6 +165,9 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         self.context_embedder = nn.Linear(in_channels * long_patch_size**2, dim) if long_patch_size else None
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=1)
         self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
+        self.interval_embedder = (
+            TimestepEmbedding(in_channels=256, time_embed_dim=dim) if use_meanflow else None
+        )
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.action_embedder = nn.Embedding(num_actions + 1, dim) if num_actions else None
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
@@ -296,9 +189,11 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
-        # Every block starts as the identity and the model predicts zero.
-        norms = (module for module in self.modules() if isinstance(module, AdaLayerNorms))
-        for linear in [self.proj_out, *(norm.linear for norm in norms)]:
+        # Every block starts as the identity and the model predicts zero; an interval means nothing yet.
+        zero = [self.proj_out, *(m.linear for m in self.modules() if isinstance(m, AdaLayerNorms))]
+        if self.interval_embedder is not None:
+            zero.append(self.interval_embedder.linear_2)
+        for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -339,6 +234,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         num_long_frames: int | None = None,
         frame_positions: Tensor | None = None,
         modulation: Sequence[Tensor] | None = None,
+        timestep_r: Tensor | None = None,
         return_dict: bool = True,
     ) -> FARTransformer3DModelOutput | tuple[Tensor]:
         """Velocity of the short-term frames.
@@ -356,12 +252,14 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
                 `short_window` for a Long model without a cache, else none.
             frame_positions: `[F]` position of each frame in the video; by default they follow the cache.
             modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
+            timestep_r: `[B, F]` levels at which the step that is taken ends, for a model with
+                `use_meanflow`; by default `timestep`, which gives the velocity of this instant.
             return_dict: return a [`FARTransformer3DModelOutput`] instead of a tuple.
 
         Returns:
             `sample` `[B, F - num_long_frames, out_channels, H, W]`.
         """
-        conditions = (timestep, class_labels, actions)
+        conditions = (timestep, class_labels, actions, timestep_r)
         check_inputs(self.config, hidden_states, *conditions, frame_positions, num_long_frames, modulation)
         num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
         if num_long_frames is None:
@@ -376,7 +274,7 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         tokens = self.embed_frames(hidden_states, layout)
         condition = tokens[:, :0]
         if modulation is None:
-            condition = self.embed_condition(timestep, class_labels, actions, num_long_frames)
+            condition = self.embed_condition(*conditions, num_long_frames)
         patches = (self.config.patch_size, self.config.long_patch_size)
         positions = frame_positions / rope_interpolation
         coordinates = layout.token_coordinates(positions, height, width, *patches)
@@ -414,30 +312,46 @@ class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingle
         return torch.cat([self.context_embedder(long), self.x_embedder(short)], dim=1)
 
     def modulation(
-        self, timestep: Tensor, class_labels: Tensor | None = None, actions: Tensor | None = None
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        actions: Tensor | None = None,
+        timestep_r: Tensor | None = None,
     ) -> list[Tensor]:
         """What `forward` computes from levels `[B, F]` and labels alone: `[B, F, .]` of each AdaLN in turn.
 
         A third of all weights serve one vector per frame. With the levels of a frame's denoising steps as
         those of F frames, they are read once for all steps.
         """
-        condition = self.embed_condition(timestep, class_labels, actions)
+        condition = self.embed_condition(timestep, class_labels, actions, timestep_r)
         norms = [module for module in self.modules() if isinstance(module, AdaLayerNorms)]
         return [norm.linear(condition) for norm in norms]
 
     def embed_condition(
-        self, timestep: Tensor, class_labels: Tensor | None, actions: Tensor | None, num_long_frames: int = 0
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        actions: Tensor | None,
+        timestep_r: Tensor | None = None,
+        num_long_frames: int = 0,
     ) -> Tensor:
         """What modulates each frame, `[B, F, D]`: timestep, class and action, after the shared SiLU."""
+        interval = None if timestep_r is None else timestep - timestep_r
         # A long-term frame carries twice its timestep: -2 where a clean short-term one has -1 (section 3.3).
         timestep = torch.cat([timestep[:, :num_long_frames] * 2, timestep[:, num_long_frames:]], dim=1)
-        projected = self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
-        embedded = self.timestep_embedder(projected)
+        embedded = self.timestep_embedder(self._project_time(timestep))
+        if self.interval_embedder is not None and interval is not None:
+            # Less that of no interval: at r = t the model is what it was before it knew intervals.
+            none = self.interval_embedder(self._project_time(torch.zeros_like(interval[:1, :1])))
+            embedded = embedded + (self.interval_embedder(self._project_time(interval)) - none)
         if self.class_embedder is not None:
             embedded = embedded + self._embed_labels(self.class_embedder, class_labels, embedded[:, :1])
         if self.action_embedder is not None:
             embedded = embedded + self._embed_labels(self.action_embedder, actions, embedded)
         return nn.functional.silu(embedded)
+
+    def _project_time(self, timestep: Tensor) -> Tensor:
+        return self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
 
     @staticmethod
     def _embed_labels(embedder: nn.Embedding, labels: Tensor | None, like: Tensor) -> Tensor:

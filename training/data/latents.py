@@ -16,7 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_clean_frames, sample_sigmas
+from diffusers_far.flow_matching import (
+    CLEAN_TIMESTEP,
+    add_noise,
+    sample_clean_frames,
+    sample_intervals,
+    sample_sigmas,
+)
 
 
 class LatentVideos:
@@ -61,6 +67,7 @@ class ClipBatch:
     noise: Tensor  # [B, window, C, H, W]
     sigmas: Tensor  # [B, window] share of noise in [0, 1]
     clean: Tensor  # [B, window] bool, frames given as they are, without loss
+    intervals: Tensor  # [2, B, window] share of noise where steps of a flow map begin and end
     actions: Tensor | None  # [B, F], -1 where dropped
     class_labels: Tensor | None  # [B], -1 where dropped
     own_context: bool = False  # whether the clean frames of the window are to be the model's own
@@ -164,11 +171,15 @@ class ClipBatches(Dataset[ClipBatch]):
             actions = self._drop([self.videos.actions(*clip) for clip in clips], generator)
         if self.videos.has_labels:
             class_labels = self._drop([self.videos.class_label(clip[0]) for clip in clips], generator)
+        noise = torch.randn(*shape, *self.videos.frame_shape, generator=generator)
+        sigmas = sample_sigmas(shape, generator)
+        clean = sample_clean_frames(shape, self.clean_context_probability, generator=generator)
         return ClipBatch(
             latents=torch.stack([self.videos.clip(*clip) for clip in clips]),
-            noise=torch.randn(*shape, *self.videos.frame_shape, generator=generator),
-            sigmas=sample_sigmas(shape, generator),
-            clean=sample_clean_frames(shape, self.clean_context_probability, generator=generator),
+            noise=noise,
+            sigmas=sigmas,
+            clean=clean,
+            intervals=sample_intervals(sigmas, generator),
             actions=actions,
             class_labels=class_labels,
             own_context=bool(rng.random() < self.own_context_probability),
