@@ -80,13 +80,14 @@ def test_clean_frames_leave_the_loss() -> None:
     assert frame_loss(prediction.bfloat16(), target, clean).dtype == torch.float32
 
 
-def test_intervals_are_still_or_long() -> None:
-    sigmas = sample_sigmas((2000, 4), generator())
-    start, end = sample_intervals(sigmas, generator())
-    still = start == end
-    assert still.float().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert torch.equal(start[still], sigmas[still])
-    assert (start >= end).all() and end.min() >= 0 and start.max() <= 1
-    # The larger and the smaller of two even draws.
-    assert start[~still].mean().item() == pytest.approx(2 / 3, abs=0.02)
-    assert end[~still].mean().item() == pytest.approx(1 / 3, abs=0.02)
+def test_intervals_are_steps_of_samplers() -> None:
+    start, end = sample_intervals((5000, 4), 4, generator())
+    num_steps = (1 / (start - end)).round()
+    index = (1 - start) * num_steps
+    assert max_error(index, index.round()) < 1e-5 and index.min() == 0
+    assert end.min() == 0 and start.max() == 1
+    for number in range(1, 5):  # chances as 1 to 1/2, 1/3 and 1/4
+        of_number = num_steps == number
+        assert of_number.float().mean().item() == pytest.approx(12 / 25 / number, abs=0.02)
+        first = (index[of_number] == 0).float().mean().item()
+        assert first == pytest.approx(1 / number, abs=0.03)

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
@@ -203,7 +203,7 @@ class Trainer:
         for _ in range(num_forwards):
             batch = next(batches).to(accelerator.device)
             with accelerator.accumulate(self.model):
-                loss = self.training_loss(batch)
+                loss = self.loss(batch)
                 mean_loss += accelerator.reduce(loss.detach(), "mean").item() / num_forwards
                 self._require_finite("loss", mean_loss)
                 accelerator.backward(loss)
@@ -225,23 +225,20 @@ class Trainer:
             last = next(reversed(self._checkpoints()), "none")
             raise FloatingPointError(f"step {self.clock.step}: {name} is {value}; last checkpoint: {last}")
 
-    def training_loss(self, batch: ClipBatch) -> Tensor:
-        """What is minimised; `loss` is what validation measures too."""
-        return self.loss(batch)
-
     def loss(self, batch: ClipBatch) -> Tensor:
         """Squared error of the velocity of the window's noisy frames."""
-        if batch.own_context:
-            with torch.no_grad():
-                noisy, velocity = self.predict(batch.all_noisy())
-            batch = batch.with_estimates(noisy, velocity)
-        _, prediction = self.predict(batch)
+        _, prediction = self.predict(self.model, self.with_own_context(self.model, batch))
         return frame_loss(prediction, velocity_target(batch.window_latents, batch.noise), batch.clean)
 
-    def predict(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def with_own_context(self, model: nn.Module, batch: ClipBatch) -> ClipBatch:
+        """The batch with the model's own frames as clean ones, where it asks for them."""
+        return batch.with_estimates(*self.predict(model, batch.all_noisy())) if batch.own_context else batch
+
+    def predict(self, model: nn.Module, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """The window as the model gets it, and the velocity it predicts, each `[B, window, C, H, W]`."""
         hidden_states, timestep = batch.model_input()
-        velocity = self.model(
+        velocity = model(
             hidden_states,
             timestep,
             class_labels=batch.class_labels if self.uses_labels else None,

@@ -4,6 +4,8 @@ Shapes: B batch, F frames, C channels, H x W latent grid. `sigma` is the share o
 are `1000 * sigma`, and `CLEAN_TIMESTEP` marks a frame that is given as it is.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,22 +44,27 @@ def sample_sigmas(
     return 1 - index.float() / num_train_timesteps
 
 
-def sample_intervals(sigmas: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Steps to train a flow map on: where each begins and ends (MeanFlow, arXiv 2505.13447).
+def sample_intervals(
+    shape: tuple[int, ...], max_steps: int = 16, generator: torch.Generator | None = None
+) -> Tensor:
+    """Steps to train a flow map on: where each starts and ends.
 
-    Half of them have no length and lie at the given levels, as in flow matching. The others are evenly spread
-    over all pairs of levels, since long steps from pure noise are what few-step sampling takes.
+    They are those of samplers that take 1 to `max_steps` equal steps from pure noise to a clean frame. A
+    sampler of n steps has a chance in proportion to 1 / n, and each of its steps the same.
 
     Args:
-        sigmas: `[B, F]` levels.
+        shape: of the draw, (B, F).
+        max_steps: of a sampler.
         generator: CPU generator of the draw.
 
     Returns:
-        `[2, B, F]` sigmas in [0, 1], the first at least the second.
+        `[2, B, F]` sigmas in [0, 1], the first above the second.
     """
-    pair = torch.rand(2, *sigmas.shape, generator=generator).sort(dim=0, descending=True).values
-    still = torch.rand(sigmas.shape, generator=generator) < 0.5
-    return torch.where(still, sigmas, pair)
+    chances = 1 / torch.arange(1.0, max_steps + 1)
+    draws = torch.multinomial(chances, math.prod(shape), replacement=True, generator=generator)
+    num_steps = 1 + draws.view(shape)
+    index = (torch.rand(shape, generator=generator) * num_steps).floor().clamp(max=num_steps - 1)
+    return 1 - torch.stack([index, index + 1]) / num_steps
 
 
 def sample_clean_frames(

@@ -67,7 +67,7 @@ class ClipBatch:
     noise: Tensor  # [B, window, C, H, W]
     sigmas: Tensor  # [B, window] share of noise in [0, 1]
     clean: Tensor  # [B, window] bool, frames given as they are, without loss
-    intervals: Tensor  # [2, B, window] share of noise where steps of a flow map begin and end
+    intervals: Tensor  # [2, B, window] share of noise where steps of a flow map start and end
     actions: Tensor | None  # [B, F], -1 where dropped
     class_labels: Tensor | None  # [B], -1 where dropped
     own_context: bool = False  # whether the clean frames of the window are to be the model's own
@@ -179,7 +179,7 @@ class ClipBatches(Dataset[ClipBatch]):
             noise=noise,
             sigmas=sigmas,
             clean=clean,
-            intervals=sample_intervals(sigmas, generator),
+            intervals=sample_intervals(shape, generator=generator),
             actions=actions,
             class_labels=class_labels,
             own_context=bool(rng.random() < self.own_context_probability),
