@@ -53,6 +53,7 @@ def test_a_frame_once_dropped_never_comes_back(window: int | None) -> None:
         ({"max_short_frames": 0}, "max_short_frames=0"),
         ({"max_long_frames": -1}, "max_long_frames=-1"),
         ({"num_sink_frames": -1}, "num_sink_frames=-1"),
+        ({"refresh_interval": 0}, "refresh_interval=0"),
         ({"max_short_frames": 2, "num_sink_frames": 2}, "num_sink_frames=2.*max_short_frames=2"),
         ({"max_long_frames": 3, "num_sink_frames": 4}, "num_sink_frames=4.*max_long_frames=3"),
     ],

@@ -187,6 +187,11 @@ SCHEDULES = {
     "long-memory-and-sinks": ("long-actions", ContextSchedule(max_long_frames=3, num_sink_frames=1)),
     "no-long-memory": ("long-actions", ContextSchedule(max_long_frames=0)),
     "narrow-window": ("long-actions", ContextSchedule(max_short_frames=2)),
+    "never-refreshed": ("long-actions", ContextSchedule(max_long_frames=2, refresh_interval=None)),
+    "seldom-refreshed": (
+        "long-actions",
+        ContextSchedule(max_long_frames=3, num_sink_frames=1, refresh_interval=3),
+    ),
     "everything": (
         "long-both",
         ContextSchedule(max_short_frames=3, max_long_frames=2, num_sink_frames=1),
@@ -208,6 +213,29 @@ def test_dropped_frames_leave_no_trace_in_one_layer(name: str, settings: dict[st
     )
     assert max_error(cached, uncached) <= 1e-5
     assert max_error(cached, roll(model, 5, 6, **SETTINGS[0], guidance_scale=2)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("interval", "computed"),
+    [(1, [5, 5, 5, 5, 5]), (2, [5, 3, 5, 3, 5]), (None, [3, 3, 3, 3, 3])],
+)
+def test_a_window_that_is_not_refreshed_saves_its_frames(
+    interval: int | None, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new frame's first step computes itself, what became long-term, and the window or its newest frame."""
+    model = long_transformer(num_actions=4)  # a window of 4 frames
+    exact = make_rollout(model, 4)
+    rollout = make_rollout(model, 4, context_schedule=ContextSchedule(refresh_interval=interval))
+    assert max_error(continue_rollout(rollout, 1), continue_rollout(exact, 1)) <= 1e-6
+    counts: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **kwargs: counts.append(args[0].shape[1]) or forward(*args, **kwargs)
+    )
+    made = continue_rollout(rollout, 5)
+    assert counts[::STEPS] == computed
+    change = max_error(made, continue_rollout(exact, 5))
+    assert change == 0 if interval == 1 else 1e-5 < change < 1
 
 
 def test_a_bound_that_is_not_reached_changes_nothing() -> None:

@@ -25,11 +25,16 @@ class ContextSchedule:
         max_long_frames: long-term frames kept by a Long model, the oldest going first; 0 keeps none.
         num_sink_frames: so many of the first frames are never dropped; they count towards the bound of their
             level.
+        refresh_interval: a short-term frame depends on the long-term ones before it, so a cached Long model
+            computes its window anew each time that so many frames have left it: 1 is exact. With more, or
+            with None (never), the frames of the window stay as they were when they were new: an approximation
+            that saves most of what a new frame's context costs.
     """
 
     max_short_frames: int | None = None
     max_long_frames: int | None = None
     num_sink_frames: int = 0
+    refresh_interval: int | None = 1
 
     def __post_init__(self) -> None:
         if self.max_short_frames is not None and self.max_short_frames < 1:
@@ -42,6 +47,10 @@ class ContextSchedule:
             )
         if self.num_sink_frames < 0:
             raise ValueError(f"num_sink_frames={self.num_sink_frames} must be at least 0")
+        if self.refresh_interval is not None and self.refresh_interval < 1:
+            raise ValueError(
+                f"refresh_interval={self.refresh_interval} must be at least 1, or None for never"
+            )
         for name, bound in (
             ("max_short_frames", self.max_short_frames),
             ("max_long_frames", self.max_long_frames),

@@ -1,16 +1,25 @@
 """Keys and values of the context: what makes a new frame cost the same however the context was made.
 
 Two levels, as in section 3.4 of the paper: long-term frames (few tokens each, encoded once) and short-term
-frames. One buffer per layer holds `[long-term frames | short-term frames | scratch]`. A forward writes its
-own keys and values into the scratch behind the context and attends to everything up to there, so nothing is
+frames. One buffer per layer holds `[context | scratch]`, the context frame by frame. A forward writes its own
+keys and values into the scratch behind the context and attends to everything up to there, so nothing is
 concatenated; `append` then makes scratch part of the context. Keys are stored after RoPE, hence the order of
-frames inside a level is free.
+frames is free.
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Slot(NamedTuple):
+    """A frame of the context: its position in the video, and its level."""
+
+    frame: int
+    is_long: bool
 
 
 class LayerCache:
@@ -20,6 +29,12 @@ class LayerCache:
         self.keys = keys
         self.values = values
         self.num_tokens = 0
+
+    def move(self, tokens: slice, start: int) -> None:
+        """Copy the given tokens to the place from `start` on, which may overlap theirs."""
+        end = start + tokens.stop - tokens.start
+        for buffer in (self.keys, self.values):
+            buffer[:, start:end] = buffer[:, tokens].clone()
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write `[B, N, heads, head_dim]` behind the context; return context and new tokens as one view."""
@@ -64,8 +79,7 @@ class FARCache:
         self.short_tokens = short_tokens
         self.long_tokens = long_tokens
         self.block_tokens = block_tokens
-        self.long_frames: list[int] = []
-        self.short_frames: list[int] = []
+        self.slots: list[Slot] = []  # in the order of the buffers
         self.num_tokens = 0
         self.reserve(1)
         self._sync()
@@ -73,7 +87,17 @@ class FARCache:
     @property
     def num_frames(self) -> int:
         """Frames of context."""
-        return len(self.long_frames) + len(self.short_frames)
+        return len(self.slots)
+
+    @property
+    def long_frames(self) -> list[int]:
+        """Long-term frames of the context."""
+        return [slot.frame for slot in self.slots if slot.is_long]
+
+    @property
+    def short_frames(self) -> list[int]:
+        """Short-term frames of the context."""
+        return [slot.frame for slot in self.slots if not slot.is_long]
 
     @property
     def num_bytes(self) -> int:
@@ -101,67 +125,59 @@ class FARCache:
         return grown
 
     def append(self, long_frames: Iterable[int] = (), short_frames: Iterable[int] = ()) -> None:
-        """Make the last forward's frames, in its order, part of the context.
-
-        Raises:
-            ValueError: when long-term frames are appended behind short-term ones; `clear_short` first.
-        """
-        long_frames = list(long_frames)
-        if long_frames and self.short_frames:
-            raise ValueError(
-                f"long_frames={long_frames} cannot follow the short-term frames {self.short_frames}: call "
-                "clear_short() first"
-            )
-        self.long_frames += long_frames
-        self.short_frames += short_frames
+        """Make the last forward's frames, in its order, part of the context."""
+        self.slots += [Slot(frame, is_long=True) for frame in long_frames]
+        self.slots += [Slot(frame, is_long=False) for frame in short_frames]
         self._sync()
 
     def drop_long(self, frame: int) -> None:
-        """Forget one long-term frame. The short-term frames, which saw it, must have been cleared."""
-        if self.short_frames:
-            raise ValueError(f"frame={frame}: call clear_short() before a long-term frame is dropped")
-        self._drop(self.long_frames, self.long_tokens, frame)
+        """Forget one long-term frame. Frames that saw it stay as they are."""
+        self._drop(Slot(frame, is_long=True))
+        self._sync()
 
     def drop_short(self, frame: int) -> None:
-        """Forget one short-term frame (sliding window of a base model)."""
-        self._drop(self.short_frames, self.short_tokens, frame)
-
-    def _drop(self, frames: list[int], tokens: int, frame: int) -> None:
-        if frame not in frames:
-            raise ValueError(f"frame={frame} is not in the cache, which holds {frames}")
-        slot = frames.index(frame)
-        end = self.num_tokens
-        # The last frame moves into the hole: order does not matter, and no other frame is touched.
-        if slot < len(frames) - 1:
-            start = end - len(frames) * tokens + slot * tokens
-            for layer in self.layers:
-                layer.keys[:, start : start + tokens] = layer.keys[:, end - tokens : end]
-                layer.values[:, start : start + tokens] = layer.values[:, end - tokens : end]
-        frames[slot] = frames[-1]
-        frames.pop()
+        """Forget one short-term frame. Frames that saw it stay as they are."""
+        self._drop(Slot(frame, is_long=False))
         self._sync()
 
     def clear_short(self) -> None:
-        """Forget the short-term level: the window is encoded anew after the long-term level has changed."""
-        self.short_frames = []
+        """Forget the short-term level."""
+        for frame in reversed(self.short_frames):
+            self._drop(Slot(frame, is_long=False))
         self._sync()
+
+    def _drop(self, slot: Slot) -> None:
+        frames = self.long_frames if slot.is_long else self.short_frames
+        if slot.frame not in frames:
+            raise ValueError(f"frame={slot.frame} is not in the cache, which holds {frames}")
+        hole, last = self.slots.index(slot), self.slots.index(Slot(frames[-1], slot.is_long))
+        ends = list(accumulate(self._sizes()))
+        size = self.long_tokens if slot.is_long else self.short_tokens
+        # The last frame of this level moves into the hole, and what lies behind that frame moves up.
+        for layer in self.layers:
+            if hole < last:
+                layer.move(slice(ends[last] - size, ends[last]), ends[hole] - size)
+            if ends[last] < ends[-1]:
+                layer.move(slice(ends[last], ends[-1]), ends[last] - size)
+        self.slots[hole] = self.slots[last]
+        del self.slots[last]
+
+    def _sizes(self) -> list[int]:
+        return [self.long_tokens if slot.is_long else self.short_tokens for slot in self.slots]
 
     def reset(self) -> None:
         """Forget all frames and keep the buffers."""
-        self.long_frames = []
-        self.clear_short()
+        self.slots = []
+        self._sync()
 
     def _sync(self) -> None:
         # Numbers and a tensor: a compiled forward that read the lists would be compiled anew every frame.
-        num_long, num_short = len(self.long_frames), len(self.short_frames)
-        self.num_tokens = num_long * self.long_tokens + num_short * self.short_tokens  # of context
-        self.next_frame = max(self.long_frames + self.short_frames, default=-1) + 1  # after the latest one
-        device = self.layers[0].keys.device
-        long = torch.tensor(self.long_frames, device=device, dtype=torch.long)
-        short = torch.tensor(self.short_frames, device=device, dtype=torch.long)
-        self._key_positions = torch.cat(
-            [long.repeat_interleave(self.long_tokens), short.repeat_interleave(self.short_tokens)]
-        )
+        frames, sizes = [slot.frame for slot in self.slots], self._sizes()
+        self.num_tokens = sum(sizes)  # of context
+        self.next_frame = max(frames, default=-1) + 1  # after the latest one
+        positions, repeats = torch.tensor([frames, sizes], dtype=torch.long)
+        positions = positions.repeat_interleave(repeats, output_size=self.num_tokens)
+        self._key_positions = positions.to(self.layers[0].keys.device)
         # A compiled forward takes any number of tokens from the start, instead of one number and then any.
         torch._dynamo.maybe_mark_dynamic(self._key_positions, 0)
         for layer in self.layers:

@@ -100,6 +100,7 @@ class Rollout:
         self._latents: dict[int, Tensor] = {}
         self._actions: dict[int, Tensor | None] = {}
         self.num_frames = 0
+        self._window_age = 0  # frames that left the window of a Long model since it was computed
         for index in range(latents.shape[1]):
             self._append(latents[:, index : index + 1], None if actions is None else actions[:, index])
 
@@ -181,14 +182,19 @@ class Rollout:
         context, cache = self.context, self.cache
         if cache is None:
             return context
+        interval = self.context_schedule.refresh_interval
         if set(cache.long_frames) != set(context.long):
-            cache.clear_short()  # what these frames computed depends on the long-term frames that they saw
-            for frame in set(cache.long_frames) - set(context.long):
-                cache.drop_long(frame)
+            self._window_age += 1
+            if interval is not None and self._window_age >= interval:
+                cache.clear_short()
+                self._window_age = 0
         for frame in set(cache.short_frames) - set(context.short):
             cache.drop_short(frame)
-        long = [frame for frame in context.long if frame not in cache.long_frames]
-        short = [frame for frame in context.short if frame not in cache.short_frames]
+        for frame in set(cache.long_frames) - set(context.long):
+            cache.drop_long(frame)
+        cached_long, cached_short = set(cache.long_frames), set(cache.short_frames)
+        long = [frame for frame in context.long if frame not in cached_long]
+        short = [frame for frame in context.short if frame not in cached_short]
         while len(long) > _LONG_CHUNK or len(short) > _SHORT_CHUNK:
             long_chunk, long = long[:_LONG_CHUNK], long[_LONG_CHUNK:]
             short_chunk, short = (short[:_SHORT_CHUNK], short[_SHORT_CHUNK:]) if not long else ([], short)
