@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from diffusers_far import FARVideoPipeline
+from diffusers_far import ContextSchedule, FARVideoPipeline
 
 
 def milliseconds(times: list[float]) -> dict[str, float]:
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
     parser.add_argument("--context", type=int, default=24, help="frames before the first played one")
     parser.add_argument("--frames", type=int, default=200, help="played frames")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--refresh-interval", type=int, default=1, help="of ContextSchedule; 0: never")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -39,7 +41,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, arguments.context, config.in_channels, size, size, generator=generator)
     rollout = pipeline.rollout(
-        video_latents=latents.to(arguments.device), generator=generator, output_type="np"
+        video_latents=latents.to(arguments.device),
+        num_inference_steps=arguments.steps,
+        context_schedule=ContextSchedule(refresh_interval=arguments.refresh_interval or None),
+        generator=generator,
+        output_type="np",
     )
     rollout.step(1)  # encodes the context
     decode, decoding = rollout.decode, []
@@ -57,7 +63,7 @@ def main() -> None:
         rollout.step(1 + index % 3)
         frames.append(time.perf_counter() - began)
     undecoded = [frame - decoded for frame, decoded in zip(frames, decoding, strict=True)]
-    results = {"steps": pipeline.config.num_inference_steps, "frames_per_second": len(frames) / sum(frames)}
+    results = {"steps": rollout.num_inference_steps, "frames_per_second": len(frames) / sum(frames)}
     for name, times in (("frame", frames), ("frame_without_decoding", undecoded), ("decoding", decoding)):
         results |= {f"{name}_{figure}": value for figure, value in milliseconds(times).items()}
     print(json.dumps(results))

@@ -1,16 +1,19 @@
-"""Which solver, time shift and number of steps a world model samples best with.
+"""With which solver, time shift, number of steps and refreshing of its window a world model samples best.
 
-    python evaluation/solvers.py checkpoints/far-doom-maze-64 DATA --output RESULTS.json
+    python evaluation/sampling.py checkpoints/far-doom-maze-64 DATA --output RESULTS.json
 
 Predicts the same clips from the same noise with every solver of diffusers that takes flow matching, as
-evaluation/world_model.py does, and prints a Markdown table. The cost of a row is its network evaluations per
-frame: Heun's method takes two in a step. A model of mean velocities (`use_meanflow`) only knows Euler steps.
+evaluation/world_model.py does, and prints a Markdown table: network evaluations per frame (Heun's method
+takes two in a step), quality, and the time of a frame of one clip, in batches, on all threads. A model of mean
+velocities (`use_meanflow`) only knows Euler steps.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
-from diffusers_far import FARVideoPipeline
+from diffusers_far import ContextSchedule, FARVideoPipeline
 from evaluation.lpips import LPIPS
 from evaluation.metrics import psnr, sharpness
 from evaluation.world_model import decode, encode, load_clips, perceptual_distance, predict
@@ -40,6 +43,7 @@ COLUMNS = (
     "solver",
     "shift",
     "steps",
+    "refresh",
     "evaluations",
     "psnr_1",
     "psnr_4",
@@ -47,6 +51,7 @@ COLUMNS = (
     "psnr",
     "lpips",
     "sharpness",
+    "ms",
 )
 
 
@@ -60,6 +65,9 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
     parser.add_argument("--shifts", type=float, nargs="+", default=[1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 50])
+    parser.add_argument(
+        "--refresh-intervals", type=int, nargs="+", default=[1], help="of ContextSchedule; 0: never"
+    )
     parser.add_argument("--context", type=int, default=32, help="observed frames")
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=24)
@@ -73,30 +81,33 @@ def main() -> None:
     truth, context = video[:, num_context:], encode(pipeline, video[:, :num_context], size)
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     rows = []
-    for solver in arguments.solvers:
-        for shift in arguments.shifts:
-            for steps in arguments.steps:
-                pipeline.scheduler = SOLVERS[solver](shift)
-                latents = predict(pipeline, context, actions, size, seed=0, num_inference_steps=steps)
-                frames = decode(pipeline, latents, size)
-                scores = psnr(frames, truth).mean(dim=0)
-                pipeline.scheduler.set_timesteps(steps)
-                rows.append(
-                    {
-                        "solver": solver,
-                        "shift": shift,
-                        "steps": steps,
-                        "evaluations": len(pipeline.scheduler.timesteps),
-                        **{f"psnr_{ahead}": scores[ahead - 1].item() for ahead in (1, 4, 16)},
-                        "psnr": scores.mean().item(),
-                        "lpips": perceptual_distance(lpips, frames, truth, 16 * size).mean().item(),
-                        "sharpness": sharpness(frames) / sharpness(truth),
-                    }
-                )
-                cells = (
-                    f"{value:.4g}" if isinstance(value, float) else str(value) for value in rows[-1].values()
-                )
-                print("| " + " | ".join(cells) + " |", flush=True)
+    axes = (arguments.solvers, arguments.shifts, arguments.steps, arguments.refresh_intervals)
+    for solver, shift, steps, refresh in itertools.product(*axes):
+        pipeline.scheduler = SOLVERS[solver](shift)
+        schedule = ContextSchedule(refresh_interval=refresh or None)
+        options = {"num_inference_steps": steps, "context_schedule": schedule}
+        began = time.perf_counter()
+        latents = predict(pipeline, context, actions, size, seed=0, **options)
+        seconds = time.perf_counter() - began
+        frames = decode(pipeline, latents, size)
+        scores = psnr(frames, truth).mean(dim=0)
+        pipeline.scheduler.set_timesteps(steps)
+        evaluations = len(pipeline.scheduler.timesteps)
+        row = {
+            "solver": solver,
+            "shift": shift,
+            "steps": steps,
+            "refresh": refresh,
+            "evaluations": evaluations,
+        }
+        row |= {f"psnr_{ahead}": scores[ahead - 1].item() for ahead in (1, 4, 16)}
+        row |= {"psnr": scores.mean().item()}
+        row |= {"lpips": perceptual_distance(lpips, frames, truth, 16 * size).mean().item()}
+        row |= {"sharpness": sharpness(frames) / sharpness(truth)}
+        row |= {"ms": 1e3 * seconds / latents.shape[:2].numel()}
+        rows.append(row)
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+        print("| " + " | ".join(cells) + " |", flush=True)
     if arguments.output is not None:
         partial = arguments.output.with_suffix(".partial")
         partial.write_text(json.dumps(rows, indent=2) + "\n")
