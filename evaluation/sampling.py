@@ -4,8 +4,8 @@
 
 Predicts the same clips from the same noise with every solver of diffusers that takes flow matching, as
 evaluation/world_model.py does, and prints a Markdown table: network evaluations per frame (Heun's method
-takes two in a step), quality, and the time of a frame of one clip, in batches, on all threads. A model of mean
-velocities (`use_meanflow`) only knows Euler steps.
+takes two in a step), quality, and the time of a frame of one clip (in batches, on all threads). A model of
+mean velocities (`use_meanflow`) only knows Euler steps.
 """
 
 import argparse
