@@ -257,16 +257,22 @@ def test_an_exception_leaves_the_frames_so_far(pipe: FARVideoPipeline) -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    pipe = pipeline(long_transformer(num_actions=4), flex_rope_slope=0.2)
+    names = ["noop", "forward", "left", "right"]
+    pipe = pipeline(long_transformer(num_actions=4), flex_rope_slope=0.2, action_names=names)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "FARVideoPipeline"
     assert index["transformer"] == ["diffusers_far", "FARTransformer3DModel"]
     loaded = FARVideoPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    settings = ("flex_rope_slope", "num_inference_steps", "sample_size")
-    assert [loaded.config[name] for name in settings] == [0.2, STEPS, 64]
+    settings = ("flex_rope_slope", "num_inference_steps", "sample_size", "action_names")
+    assert [loaded.config[name] for name in settings] == [0.2, STEPS, 64, names]
     assert torch.equal(call(loaded, num_frames=7), call(pipe, num_frames=7))
+
+
+def test_action_names_are_as_many_as_actions() -> None:
+    with pytest.raises(ValueError, match=r"action_names=\['noop'\] must be 4"):
+        pipeline(transformer(num_actions=4), action_names=["noop"])
 
 
 @pytest.mark.parametrize("model", [transformer, long_transformer])

@@ -1,5 +1,6 @@
 """FARVideoPipeline: continue or generate videos frame by frame."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from .context_schedule import ContextSchedule
 from .pipeline_inputs import (
     Labels,
+    check_action_names,
     check_integer,
     check_number,
     check_size,
@@ -60,6 +62,7 @@ class FARVideoPipeline(DiffusionPipeline):
         flex_rope_slope: default temporal decay of FlexRoPE, kept with the checkpoint.
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default height and width of videos in pixels, kept with the checkpoint.
+        action_names: what each action is called, kept with the checkpoint.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -73,12 +76,17 @@ class FARVideoPipeline(DiffusionPipeline):
         flex_rope_slope: float = 0.0,
         num_inference_steps: int = 50,
         sample_size: int | None = None,
+        action_names: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(
-            flex_rope_slope=flex_rope_slope, num_inference_steps=num_inference_steps, sample_size=sample_size
+            flex_rope_slope=flex_rope_slope,
+            num_inference_steps=num_inference_steps,
+            sample_size=sample_size,
+            action_names=action_names,
         )
+        check_action_names(action_names, getattr(self, "transformer", None))
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
@@ -228,9 +236,7 @@ class FARVideoPipeline(DiffusionPipeline):
             def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
                 if callback is not None:
                     tensors = {"latents": latents}
-                    callback_kwargs = {}
-                    for name in tensor_inputs:
-                        callback_kwargs[name] = tensors[name]
+                    callback_kwargs = {name: tensors[name] for name in tensor_inputs}
                     returned = callback(self, index * self.num_timesteps + step, timestep, callback_kwargs)
                     latents = (returned or {}).get("latents", latents)
                 step_bar.update()
@@ -282,9 +288,8 @@ class FARVideoPipeline(DiffusionPipeline):
         """A video to continue step by step: `frame = rollout.step(action=2)`.
 
         Arguments as for a call, but `context_actions` `[B, T]` or `[T]` are those of the T given frames only.
-        A step returns one frame per video: "pil": a list of images; "np": `[B, H, W, 3]`; "pt": `[B, 3, H,
-            W]`;
-        "latent": `[B, C, h, w]`.
+        A step returns one frame per video: "pil": a list of images; "np": `[B, H, W, 3]`; "pt":
+        `[B, 3, H, W]`; "latent": `[B, C, h, w]`.
         """
         context = self.prepare_context(
             video, video_latents, class_labels, context_actions, height, width, batch_size
@@ -333,17 +338,10 @@ class FARVideoPipeline(DiffusionPipeline):
             kwargs: arguments of [`rollout`](FARVideoPipeline.rollout).
         """
         rollout = self.rollout(**kwargs)
-        iterator = None if actions is None else iter(actions)
-        made = 0
-        while num_new_frames is None or made < num_new_frames:
-            action = None
-            if iterator is not None:
-                try:
-                    action = next(iterator)
-                except StopIteration:
-                    return
+        for action in itertools.islice(
+            itertools.repeat(None) if actions is None else actions, num_new_frames
+        ):
             yield rollout.step(action)
-            made += 1
 
     def check_inputs(
         self,

@@ -1,7 +1,7 @@
 """What users pass to the pipeline, turned into tensors, or into an error that names the argument."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,33 @@ _VIDEO_FORMS = (
 )
 
 
-def read_video(path: str | Path) -> np.ndarray:
-    """Frames of a video or animated image file, `[T, H, W, 3]` uint8, decoded with PyAV."""
+def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
+    """Frames `[H, W, 3]` uint8 of a video or animated image file, decoded one by one with PyAV.
+
+    Raises:
+        ValueError: when there is no such file, or it cannot be read as a video.
+    """
     import av  # needed for files only
     from av.video.reformatter import VideoReformatter
 
     if not Path(path).is_file():
         raise ValueError(f"video={str(path)!r} is not a file")
+    number = 0
     try:
         with av.open(str(path)) as container:
             reformatter = VideoReformatter()  # one for all frames: setting it up costs more than a frame
-            decoded = (reformatter.reformat(frame, format="rgb24") for frame in container.decode(video=0))
-            frames = [frame.to_ndarray() for frame in decoded]
+            for frame in container.decode(video=0):
+                number += 1
+                yield reformatter.reformat(frame, format="rgb24").to_ndarray()
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"video={str(path)!r} cannot be read as a video: {error}") from error
-    if not frames:
+    if number == 0:
         raise ValueError(f"video={str(path)!r} has no frames")
-    return np.stack(frames)
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """All frames of a video or animated image file, `[T, H, W, 3]` uint8; errors as of `iterate_video`."""
+    return np.stack(list(iterate_video(path)))
 
 
 def video_tensor(video: Any, height: int | None, width: int | None) -> Tensor:
@@ -123,6 +133,13 @@ def check_number(name: str, value: Any, takes: str) -> None:
     """Raise a ValueError unless `value` is finite and not negative."""
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r} must be {takes}")
+
+
+def check_action_names(names: list[str] | None, transformer: Any) -> None:
+    """Raise a ValueError unless there is a name for each action of the model, or none at all."""
+    num_actions = None if transformer is None else transformer.config.num_actions
+    if names is not None and num_actions is not None and len(names) != num_actions:
+        raise ValueError(f"action_names={names} must be {num_actions}, as many as the model has actions")
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

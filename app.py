@@ -1,0 +1,11 @@
+"""Entry of the Gradio Space, and of `python app.py` in a checkout."""
+
+import os
+
+from diffusers_far.space.app import launch
+
+if __name__ == "__main__":
+    launch(
+        checkpoint=os.environ.get("FAR_CHECKPOINT", "checkpoints/far-doom-maze-64"),
+        host="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",
+    )

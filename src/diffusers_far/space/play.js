@@ -1,0 +1,235 @@
+// Runs in the scope of gr.HTML: `element` is its root, `server` calls the functions of play.py.
+const find = (name) => element.querySelector(".far-" + name);
+const canvas = find("canvas"), strip = find("strip"), pen = canvas.getContext("2d");
+const CELL = 30; // pixels of a picture of the context
+const KEYS = {
+  ArrowUp: "forward", KeyW: "forward", ArrowLeft: "left", KeyA: "left", ArrowRight: "right", KeyD: "right",
+  ArrowDown: "back", KeyS: "back",
+};
+const ARROWS = { "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓" };
+const player = crypto.getRandomValues(new Uint32Array(4)).join("-");
+const held = new Set(); // directions of keys and buttons that are down
+let options = null, playing = false, waiting = false, start = 0, picked = null, alive = false;
+let pictures = new Map(); // frames that are in the context, for the strip
+let arrivals = []; // times of the last frames, for the rate
+
+function settings() {
+  return {
+    num_inference_steps: Number(find("steps").value),
+    guidance_scale: Number(find("guidance").value),
+    flex_rope_slope: Number(find("slope").value),
+    long_memory: find("memory").checked,
+  };
+}
+
+// The index of the action for what is held: "forward-left" for both, else one of them, else to do nothing.
+function action() {
+  const numbered = [...held].find((name) => /^\d+$/.test(name));
+  if (numbered !== undefined) return Number(numbered);
+  if (options.actions === null) return null;
+  const turn = held.has("left") ? "left" : held.has("right") ? "right" : null;
+  const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : null;
+  for (const name of [walk && turn && walk + "-" + turn, walk, turn, "noop"]) {
+    const index = name ? options.actions.indexOf(name) : -1;
+    if (index >= 0) return index;
+  }
+  return null;
+}
+
+function show(error) {
+  find("error").textContent = error;
+}
+
+async function draw(reply) {
+  const image = new Image();
+  image.src = reply.image;
+  await image.decode();
+  canvas.width = image.width;
+  canvas.height = image.height;
+  pen.drawImage(image, 0, 0);
+  pictures.set(reply.number, image);
+  for (const [number, earlier] of reply.earlier ?? []) {
+    pictures.set(number, new Image());
+    pictures.get(number).src = earlier;
+    await pictures.get(number).decode();
+  }
+  const kept = new Set([...reply.long, ...reply.short, reply.number]);
+  pictures = new Map([...pictures].filter(([number]) => kept.has(number)));
+  drawStrip(reply.long, reply.short);
+  arrivals = [...arrivals, performance.now()].slice(-20);
+  const rate = arrivals.length > 1 ? (1000 * (arrivals.length - 1)) / (arrivals.at(-1) - arrivals[0]) : 0;
+  const model = reply.milliseconds ? (1000 / reply.milliseconds).toFixed(1) : "-";
+  find("status").textContent =
+    `frame ${reply.number}: model ${model} frames/s, end to end ${rate.toFixed(1)} frames/s\n` +
+    `context: ${reply.long.length} long-term and ${reply.short.length} short-term frames, ` +
+    `cache ${reply.megabytes.toFixed(1)} MB`;
+  element.dataset.frame = reply.number;
+}
+
+// Long-term frames small, as the model sees them coarsely; those of the window large.
+function drawStrip(long, short) {
+  const columns = Math.max(1, Math.floor(strip.parentElement.clientWidth / CELL));
+  const context = [...long.map((number) => [number, "#e0a030", 4]), ...short.map((number) => [number, "#4a90d9", 1])];
+  strip.width = columns * CELL;
+  strip.height = Math.max(1, Math.ceil(context.length / columns)) * CELL;
+  const stripPen = strip.getContext("2d");
+  context.forEach(([number, color, margin], index) => {
+    const left = (index % columns) * CELL, top = Math.floor(index / columns) * CELL;
+    stripPen.fillStyle = color;
+    stripPen.fillRect(left, top, CELL - 2, CELL - 2);
+    const picture = pictures.get(number), size = CELL - 2 - 2 * margin;
+    if (picture) stripPen.drawImage(picture, left + margin, top + margin, size, size);
+  });
+}
+
+async function ask(name, argument) {
+  waiting = true;
+  try {
+    const reply = await server[name]({ player, ...argument });
+    show(reply.error ?? "");
+    if (reply.error) pause();
+    return reply.error ? null : reply;
+  } catch (error) {
+    pause();
+    show("The server does not answer: " + error);
+    return null;
+  } finally {
+    waiting = false;
+  }
+}
+
+async function reset() {
+  pause();
+  while (waiting) await new Promise((done) => setTimeout(done, 20));
+  pictures.clear();
+  arrivals = [];
+  const reply = await ask("start", { start, image: picked, seed: Number(find("seed").value), settings: settings() });
+  alive = reply !== null;
+  if (reply) await draw(reply);
+}
+
+async function step() {
+  if (waiting) return;
+  if (!alive) await reset();
+  if (!alive) return;
+  const reply = await ask("step", { action: action(), settings: settings() });
+  if (reply) await draw(reply);
+}
+
+function pause() {
+  playing = false;
+  arrivals = [];
+  find("run").textContent = "Play";
+}
+
+async function run() {
+  playing = true;
+  find("run").textContent = "Pause";
+  while (playing && element.isConnected) {
+    await step();
+    await new Promise(requestAnimationFrame);
+  }
+}
+
+function choose(value, button) {
+  start = value;
+  element.querySelectorAll(".far-starts button").forEach((other) => other.classList.toggle("chosen", other === button));
+}
+
+function press(name, down) {
+  down ? held.add(name) : held.delete(name);
+  element.querySelectorAll(".far-pad button").forEach((button) => {
+    const parts = button.dataset.action.split("-");
+    button.classList.toggle("held", parts.every((part) => held.has(part)));
+  });
+}
+
+function build() {
+  options.starts.forEach((image, index) => {
+    const button = document.createElement("button");
+    button.innerHTML = `<img src="${image}" alt="Start ${index + 1}">`;
+    button.onclick = () => { picked = null; choose(index, button); reset(); };
+    find("starts").append(button);
+  });
+  const nothing = document.createElement("button");
+  nothing.className = "nothing";
+  nothing.textContent = "From nothing";
+  nothing.onclick = () => { picked = null; choose(null, nothing); reset(); };
+  find("starts").append(nothing);
+  const first = find("starts").querySelector("button");
+  choose(options.starts.length ? 0 : null, first);
+  const named = options.actions && options.actions.every((name) => name in ARROWS);
+  const buttons = named ? Object.keys(ARROWS).filter((name) => options.actions.includes(name))
+    : [...Array(options.num_actions ?? 0).keys()].map(String);
+  for (const name of buttons) {
+    const button = document.createElement("button");
+    button.dataset.action = name;
+    button.textContent = named ? ARROWS[name] : options.actions?.[Number(name)] ?? name;
+    button.title = name;
+    const parts = name.split("-");
+    const set = (down) => (event) => { event.preventDefault(); parts.forEach((part) => press(part, down)); };
+    button.onpointerdown = set(true);
+    for (const end of ["pointerup", "pointerleave", "pointercancel"]) button.addEventListener(end, set(false));
+    find("pad").append(button);
+  }
+  if (!options.guidance) find("guidance").closest("label").hidden = true;
+  if (!options.long) find("memory").closest("label").hidden = true;
+  find("steps").value = options.num_inference_steps;
+  find("steps").max = Math.max(32, options.num_inference_steps);
+  find("guidance").value = 1;
+  find("slope").value = options.flex_rope_slope;
+  element.querySelectorAll("input[type=range]").forEach((slider) => {
+    const tell = () => (slider.parentElement.querySelector("output").textContent = slider.value);
+    slider.addEventListener("input", tell);
+    tell();
+  });
+}
+
+element.addEventListener("keydown", (event) => {
+  const digit = /^Digit(\d)$/.exec(event.code);
+  const name = KEYS[event.code] ?? (digit && !options?.actions ? digit[1] : null);
+  if (!name || event.target.matches("input")) return;
+  event.preventDefault();
+  press(name, true);
+  if (!playing) run();
+});
+element.addEventListener("keyup", (event) => {
+  const digit = /^Digit(\d)$/.exec(event.code);
+  const name = KEYS[event.code] ?? (digit ? digit[1] : null);
+  if (name) press(name, false);
+});
+canvas.addEventListener("blur", () => [...held].forEach((name) => press(name, false)));
+find("run").onclick = () => { if (playing) pause(); else { canvas.focus(); run(); } };
+find("step").onclick = () => { pause(); step(); };
+find("reset").onclick = reset;
+find("upload").onchange = async (event) => {
+  const file = event.target.files[0];
+  event.target.value = "";
+  if (!file) return;
+  if (file.size > options.max_image_bytes) {
+    return show(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB; at most ${options.max_image_bytes / 2 ** 20} MB`);
+  }
+  picked = await new Promise((done) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.readAsDataURL(file);
+  });
+  choose(null, null);
+  await reset();
+};
+find("save").onclick = async () => {
+  while (waiting) await new Promise((done) => setTimeout(done, 20));
+  const reply = await ask("save", {});
+  if (!reply) return;
+  const link = document.createElement("a");
+  link.href = reply.video;
+  link.download = "far-play.mp4";
+  link.click();
+};
+window.addEventListener("pagehide", () => { playing = false; server.leave({ player }); });
+(async () => {
+  options = await server.options({ player });
+  build();
+  await reset();
+  element.dataset.ready = "yes";
+})();

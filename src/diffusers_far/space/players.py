@@ -1,0 +1,262 @@
+"""Games of a world model, one per visitor, in one process on one device."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..context_schedule import ContextFrames, ContextSchedule
+from ..pipeline_far_video import FARVideoPipeline
+
+Result = TypeVar("Result")
+
+
+class BusyError(Exception):
+    """All places are taken."""
+
+
+class UnknownPlayerError(Exception):
+    """The game does not exist (any more)."""
+
+
+@dataclass(frozen=True)
+class GameSettings:
+    """What a player may change at any time; arguments of [`FARVideoPipeline.rollout`].
+
+    Args:
+        num_inference_steps: denoising steps per frame.
+        guidance_scale: 1 for none.
+        flex_rope_slope: 0 for plain RoPE.
+        long_memory: whether frames before the last `short_window` are seen: as long-term frames by a Long
+            model, in full by a base model.
+    """
+
+    num_inference_steps: int = 8
+    guidance_scale: float = 1.0
+    flex_rope_slope: float = 0.0
+    long_memory: bool = True
+
+
+@dataclass(frozen=True)
+class GameFrame:
+    """A frame of a game.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        number: of the frame in the game, 0 for the first one shown.
+        context: the frames that the next one will see, numbered in the same way.
+        milliseconds: that the model took, decoding included; 0 for a frame that it did not make.
+        cache_megabytes: keys and values of the context.
+    """
+
+    image: np.ndarray
+    number: int
+    context: ContextFrames
+    milliseconds: float
+    cache_megabytes: float
+
+
+class Game:
+    """One running video, in constant memory.
+
+    Args:
+        pipeline: of an action-conditioned model, or one without conditions.
+        start: frames to begin with, `[T, H, W, 3]` uint8, or None to begin from nothing.
+        actions: that led to them; `[T]`, or None.
+        settings: see there.
+        seed: of the noise.
+        max_context_frames: that a new frame sees at most.
+        max_recorded_frames: that `recording` keeps.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        pipeline: FARVideoPipeline,
+        start: np.ndarray | None = None,
+        actions: list[int] | None = None,
+        settings: GameSettings | None = None,
+        seed: int = 0,
+        max_context_frames: int = 64,
+        max_recorded_frames: int = 600,
+    ) -> None:
+        self.pipeline = pipeline
+        self.settings = settings or GameSettings(pipeline.config.num_inference_steps)
+        self.max_context_frames = max_context_frames
+        self.recording: deque[np.ndarray] = deque(maxlen=max_recorded_frames)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._latents: deque[Tensor] = deque(maxlen=max_context_frames)
+        self._actions: deque[int] = deque(maxlen=max_context_frames)
+        self._num_frames = 0
+        if start is not None:
+            start = start[-max_context_frames:]
+            actions = ([-1] * len(start) if actions is None else actions)[-len(start) :]
+            latents = pipeline.encode_video(start)
+            for index, action in enumerate(actions):
+                self._keep(latents[:, index : index + 1], start[index], action)
+        self._begin()
+
+    def _begin(self) -> None:
+        """A rollout of the present settings over the frames that are kept."""
+        pipeline, settings, kept = self.pipeline, self.settings, len(self._latents)
+        bound, window = self.max_context_frames, pipeline.transformer.config.short_window
+        if pipeline.transformer.is_long:
+            schedule = ContextSchedule(max_long_frames=bound if settings.long_memory else 0)
+        else:
+            schedule = ContextSchedule(max_short_frames=bound if settings.long_memory else window)
+        has_actions = pipeline.transformer.config.num_actions is not None
+        self._rollout = pipeline.rollout(
+            video_latents=torch.cat(list(self._latents), dim=1) if kept else None,
+            context_actions=[list(self._actions)] if kept and has_actions else None,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            flex_rope_slope=settings.flex_rope_slope,
+            context_schedule=schedule,
+            generator=self._generator,
+            output_type="latent",
+        )
+        self._offset = self._num_frames - kept  # of the game's numbers from the rollout's
+
+    @torch.no_grad()
+    def step(self, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
+        """The next frame.
+
+        Args:
+            action: that leads to it.
+            settings: from now on; the context is encoded anew where they changed.
+
+        Raises:
+            ValueError: for an action or a setting that the model does not take.
+        """
+        began = time.perf_counter()
+        if settings is not None and settings != self.settings:
+            before, self.settings = self.settings, settings
+            try:
+                self._begin()
+            except ValueError:
+                self.settings = before
+                raise
+        latents = self._rollout.step(action)
+        image = self.pipeline.video_processor.postprocess(self.pipeline.decode_latents(latents), "np")[0]
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        self._keep(latents[:, None], (255 * image).round().astype(np.uint8), -1 if action is None else action)
+        return self.last_frame(milliseconds)
+
+    def last_frame(self, milliseconds: float = 0.0) -> GameFrame:
+        """The newest frame; a gray one if there is none yet."""
+        cache, offset = self._rollout.cache, self._offset
+        context = ContextFrames(
+            *(tuple(frame + offset for frame in level) for level in self._rollout.context)
+        )
+        if not self.recording:
+            size = self.pipeline.config.sample_size
+            return GameFrame(np.full((size, size, 3), 128, np.uint8), -1, context, 0.0, 0.0)
+        megabytes = 0.0 if cache is None else cache.num_bytes / 2**20
+        return GameFrame(self.recording[-1], self._num_frames - 1, context, milliseconds, megabytes)
+
+    def _keep(self, latents: Tensor, image: np.ndarray, action: int) -> None:
+        self._latents.append(latents)
+        self._actions.append(action)
+        self.recording.append(image)
+        self._num_frames += 1
+
+
+class Players:
+    """The games of all visitors.
+
+    One thread computes, in the order in which frames are asked for: everybody gets a turn, and no two games
+    touch the model at once. A game that nobody has asked for a frame for a while makes place.
+
+    Args:
+        max_players: games at once.
+        seconds_to_live: of a game after its last frame.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        max_players: int = 8,
+        seconds_to_live: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_players = max_players
+        self.seconds_to_live = seconds_to_live
+        self._clock = clock
+        self._games: dict[str, tuple[Game, float]] = {}
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    @property
+    def num_players(self) -> int:
+        """Games that have not run out."""
+        with self._lock:
+            self._forget_idle()
+            return len(self._games)
+
+    def start(self, player: str, make_game: Callable[[], Game]) -> GameFrame:
+        """Begin a player's game, in place of one that this player may have.
+
+        Raises:
+            BusyError: when all places are taken.
+        """
+        return self._compute(lambda: self._start(player, make_game))
+
+    def _start(self, player: str, make_game: Callable[[], Game]) -> GameFrame:
+        with self._lock:
+            self._forget_idle()
+            if player not in self._games and len(self._games) >= self.max_players:
+                raise BusyError(
+                    f"All {self.max_players} places are taken. Try again in a minute: a game that rests for "
+                    f"{self.seconds_to_live:.0f} seconds makes place."
+                )
+        game = make_game()
+        with self._lock:
+            self._games[player] = (game, self._clock())
+        return game.last_frame()
+
+    def step(self, player: str, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
+        """The next frame of a player's game.
+
+        Raises:
+            UnknownPlayerError: when there is no such game, or it has run out.
+            ValueError: see [`Game.step`].
+        """
+        game = self._game(player)
+        return self._compute(lambda: game.step(action, settings))
+
+    def recording(self, player: str) -> list[np.ndarray]:
+        """The last frames of a player's game, `[H, W, 3]` uint8 each."""
+        game = self._game(player)
+        return self._compute(lambda: list(game.recording))
+
+    def leave(self, player: str) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._games.pop(player, None)
+
+    def _game(self, player: str) -> Game:
+        with self._lock:
+            self._forget_idle()
+            if player not in self._games:
+                raise UnknownPlayerError("This game has ended, after a rest. Press reset to begin a new one.")
+            game, _ = self._games[player]
+            self._games[player] = (game, self._clock())
+            return game
+
+    def _forget_idle(self) -> None:
+        oldest = self._clock() - self.seconds_to_live
+        self._games = {player: entry for player, entry in self._games.items() if entry[1] >= oldest}
+
+    def _compute(self, function: Callable[[], Result]) -> Result:
+        return self._worker.submit(function).result()
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Compute something else on the same thread, in turn with the games."""
+        return self._compute(lambda: function(*arguments))

@@ -1,0 +1,43 @@
+"""Real frames to begin a game with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..pipeline_inputs import read_video
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of a game: frames `[T, H, W, 3]` uint8, and the actions `[T]` that led to them."""
+
+    frames: np.ndarray
+    actions: list[int] | None
+
+
+def read_episodes(folder: Path) -> list[Start]:
+    """Videos of a split of a videofolder, with their actions where its metadata have them.
+
+    Raises:
+        ValueError: when there is no `metadata.jsonl`, or it names a file that cannot be read.
+    """
+    table = folder / "metadata.jsonl"
+    if not table.is_file():
+        raise ValueError(f"episodes={str(folder)!r} has no metadata.jsonl: it takes a split of a videofolder")
+    rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+    return [Start(read_video(folder / row["file_name"]), row.get("actions")) for row in rows]
+
+
+def cut_starts(episodes: list[Start], num_starts: int = 6, num_frames: int = 32) -> list[Start]:
+    """Evenly spread clips of the episodes."""
+    starts = []
+    for number in range(num_starts if episodes else 0):
+        episode = episodes[number % len(episodes)]
+        rounds = -(-num_starts // len(episodes))
+        first = (len(episode.frames) - num_frames) * (number // len(episodes)) // rounds
+        clip = slice(max(0, first), max(0, first) + num_frames)
+        actions = None if episode.actions is None else episode.actions[clip]
+        starts.append(Start(episode.frames[clip], actions))
+    return starts

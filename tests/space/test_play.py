@@ -1,0 +1,127 @@
+"""What the page of the Play tab may send, and what it is told when it sends nonsense."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_far import FARVideoPipeline
+from diffusers_far.space import play
+from diffusers_far.space.play import PlayServer, answering
+from diffusers_far.space.players import Players
+from diffusers_far.space.starts import Start, cut_starts
+from tests.tiny_models import long_transformer, pipeline, transformer
+
+PLAYER = "0123456789abcdef"
+SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1, "flex_rope_slope": 0, "long_memory": True}
+START = Start(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8), [0, 1, 2, 3, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FARVideoPipeline:
+    return pipeline(long_transformer(num_actions=4))
+
+
+@pytest.fixture
+def server(pipe: FARVideoPipeline) -> PlayServer:
+    return PlayServer(pipe, Players(), [START])
+
+
+def begin(server: PlayServer, **message: Any) -> dict[str, Any]:
+    return server.start({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+
+
+def image_url(width: int = 8, height: int = 8) -> str:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_game_by_messages(server: PlayServer) -> None:
+    reply = begin(server)
+    assert reply["number"] == 5 and reply["short"] == [3, 4, 5] and reply["long"] == [0, 1, 2]
+    assert [number for number, _ in reply["earlier"]] == [0, 1, 2, 3, 4]
+    reply = server.step({"player": PLAYER, "action": 2, "settings": SETTINGS})
+    assert reply["number"] == 6 and reply["image"].startswith("data:image/jpeg;base64,")
+    assert server.save({"player": PLAYER})["video"].startswith("data:video/mp4;base64,")
+    assert server.leave({"player": PLAYER}) == {} and server.players.num_players == 0
+
+
+def test_options_of_a_model_without_actions() -> None:
+    options = PlayServer(pipeline(transformer()), Players(), []).options({})
+    assert (options["actions"], options["num_actions"], options["starts"]) == (None, None, [])
+    assert not options["guidance"] and not options["long"]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"player": "short"}, "player must be"),
+        ({"player": None}, "player must be"),
+        ({"start": 1}, "start=1"),
+        ({"start": "0"}, "start='0'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"settings": {}}, "settings={}"),
+        ({"settings": SETTINGS | {"num_inference_steps": 1000}}, "num_inference_steps=1000"),
+        ({"settings": SETTINGS | {"num_inference_steps": "8"}}, "num_inference_steps='8'"),
+        ({"settings": SETTINGS | {"guidance_scale": -1}}, "guidance_scale=-1"),
+        ({"settings": SETTINGS | {"long_memory": "yes"}}, "long_memory='yes'"),
+        ({"image": "/etc/passwd"}, "cannot be read as an image"),
+        ({"image": 3}, "cannot be read as an image"),
+        ({"image": "data:image/png;base64,AAAA"}, "cannot be read as an image"),
+        ({"image": "data:image/png;base64," + "A" * 6_000_000}, "too large: at most 4 MB"),
+        ({"image": image_url(4000, 4000)}, "4000 x 4000 pixels"),
+        ({"image": image_url(20000, 20000)}, "cannot be read as an image"),
+    ],
+)
+def test_bad_messages(server: PlayServer, message: dict[str, Any], error: str) -> None:
+    function = answering(server.start)
+    reply = function({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+    assert set(reply) == {"error"} and error in reply["error"]
+    assert server.players.num_players == 0
+
+
+@pytest.mark.parametrize("message", [None, [], "player", {}])
+def test_a_message_of_another_shape(server: PlayServer, message: Any) -> None:
+    assert "player must be" in answering(server.save)(message)["error"]
+
+
+def test_a_game_that_is_not_there(server: PlayServer) -> None:
+    message = {"player": PLAYER, "action": 1, "settings": SETTINGS}
+    assert "has ended" in answering(server.step)(message)["error"]
+    begin(server, start=None)
+    assert "nothing to save" in answering(server.save)(message)["error"]
+    assert "action='1'" in answering(server.step)(message | {"action": "1"})["error"]
+    assert "action" in answering(server.step)(message | {"action": 9})["error"]
+
+
+def test_settings_that_the_model_cannot_take() -> None:
+    server = PlayServer(pipeline(transformer()), Players(), [])
+    assert (
+        "guidance_scale=2"
+        in answering(server.start)({"player": PLAYER, "settings": SETTINGS | {"guidance_scale": 2}})["error"]
+    )
+
+
+def test_pages_show_what_the_players_said(server: PlayServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is not the visitor's is not told as one."""
+    monkeypatch.setattr(play, "reply", lambda frame: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS, "start": 0})
+
+
+def test_starts_are_spread_over_the_episodes() -> None:
+    episodes = [Start(np.zeros((100, 1, 1, 3), np.uint8) + index, list(range(100))) for index in range(2)]
+    starts = cut_starts(episodes, num_starts=4, num_frames=20)
+    assert [(int(start.frames[0, 0, 0, 0]), start.actions[0]) for start in starts] == [
+        (0, 0),
+        (1, 0),
+        (0, 40),
+        (1, 40),
+    ]
+    assert {len(start.frames) for start in starts} == {20}
+    assert cut_starts([]) == []
