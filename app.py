@@ -2,10 +2,10 @@
 
 import os
 
-from diffusers_far.space.app import launch
+from diffusers_far.space.app import CHECKPOINT, launch
 
 if __name__ == "__main__":
     launch(
-        checkpoint=os.environ.get("FAR_CHECKPOINT", "checkpoints/far-doom-maze-64"),
+        checkpoint=os.environ.get("FAR_CHECKPOINT", CHECKPOINT),
         host="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",
     )

@@ -33,6 +33,8 @@ FLOORS = {
     "pipeline_far_video": 3,
     "__init__": 4,
     "demo": 4,
+    "convert_published": 4,
+    "cli": 6,
     "space": 5,  # a folder: nothing imports it
 }
 # ... and from its own in these cases, one way. In the other direction only types, or inside a function.

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from diffusers_far.demo import save_video
+from diffusers_far.pipeline_inputs import parse_actions
 from diffusers_far.space import uploads
-from diffusers_far.space.uploads import parse_actions, read_upload
+from diffusers_far.space.uploads import read_upload
 
 NAMES = ["noop", "forward", "left", "forward-left"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from ..demo import CHECKPOINT, EPISODES, find
+from ..demo import EPISODES, find
 from ..pipeline_far_video import FARVideoPipeline
 from .compare import compare_tab
 from .continue_video import continue_tab
@@ -17,6 +17,7 @@ from .players import Players
 from .starts import cut_starts, read_episodes
 from .uploads import MAX_UPLOAD_MB
 
+CHECKPOINT = "checkpoints/far-doom-maze-64-any-step"
 TITLE = "FAR: video, frame after frame"
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from ..demo import save_video
 from ..pipeline_far_video import FARVideoPipeline
+from ..pipeline_inputs import parse_actions
 from .continue_video import FRAMES_PER_SECOND, MAX_NEW_FRAMES, enlarged
 from .play import picture
 from .players import Game, GameSettings, Players
 from .starts import Start
-from .uploads import parse_actions
 
 GAP = 8  # pixels between the pictures of the mp4
 

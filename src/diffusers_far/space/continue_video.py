@@ -11,8 +11,9 @@ import numpy as np
 
 from ..demo import save_video, side_by_side
 from ..pipeline_far_video import FARVideoPipeline
+from ..pipeline_inputs import parse_actions
 from .players import Game, GameSettings, Players
-from .uploads import FITS, MAX_UPLOAD_FRAMES, MAX_UPLOAD_MB, parse_actions, read_upload
+from .uploads import FITS, MAX_UPLOAD_FRAMES, MAX_UPLOAD_MB, read_upload
 
 MAX_NEW_FRAMES = 200
 FRAMES_PER_SECOND = 10

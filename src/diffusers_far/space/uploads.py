@@ -51,28 +51,3 @@ def _readable(path: str | Path) -> Iterator[np.ndarray]:
         raise ValueError(
             "The file cannot be read as a video: mp4, gif and other common kinds are."
         ) from error
-
-
-def parse_actions(script: str, names: list[str] | None, num_actions: int, num_frames: int) -> list[int]:
-    """Actions of `num_frames` frames, of a text such as "forward*8 left*4 forward".
-
-    Args:
-        script: names or numbers of actions, each with an optional count; the last one goes on until the end.
-        names: of the actions.
-        num_actions: that the model has.
-        num_frames: of the result.
-
-    Raises:
-        ValueError: for a word that is no action or no count.
-    """
-    actions: list[int] = []
-    for word in script.replace(",", " ").split():
-        name, star, count = word.partition("*")
-        index = names.index(name) if names and name in names else int(name) if name.isdecimal() else -1
-        if not 0 <= index < num_actions or (star and not count.isdecimal()):
-            known = ", ".join(names) if names else f"0 to {num_actions - 1}"
-            raise ValueError(f"{word!r} is not an action: it takes {known}, each with a count such as *8.")
-        actions += [index] * min(int(count or 1), num_frames)
-    if not actions:
-        raise ValueError("The actions are empty: it takes words such as forward*8.")
-    return (actions + actions[-1:] * num_frames)[:num_frames]
