@@ -5,10 +5,10 @@ r"""Convert published FAR checkpoints to a pipeline folder of diffusers-far, and
         --output DIR
     diffusers-far convert --reverse DIR --output FAR.pth --autoencoder DCAE.pth
 
-In a checkout, `python conversion/convert_far.py` is the same. The files are PyTorch or safetensors files. FAR.json has the authors' keys (`short_term_ctx_winsize`,
-`condition_cfg`, `context_patch_size`, ...); a `slope_scale` other than 0 becomes the pipeline's default
-`flex_rope_slope`. DCAE.json is a configuration of diffusers' `AutoencoderDC`. Every tensor must be known and
-of the right shape, or nothing is written.
+In a checkout, `python conversion/convert_far.py` does the same. The files are PyTorch or safetensors files.
+FAR.json has the authors' keys (`short_term_ctx_winsize`, `condition_cfg`, `context_patch_size`, ...); a
+`slope_scale` other than 0 becomes the pipeline's default `flex_rope_slope`. DCAE.json is a configuration of
+diffusers' `AutoencoderDC`. Every tensor must be known and of the right shape, or nothing is written.
 
 The way back writes the published names. Our models do not have `context_proj_out`, which published Long files
 have and neither loss nor sampling uses: it is written as zeros, so that the authors' code loads the file.
@@ -215,6 +215,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        print(f"convert_far.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

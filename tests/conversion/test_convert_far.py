@@ -92,7 +92,7 @@ def test_the_command_line_reports_an_error_in_one_line(files: dict[str, Path], t
     run = command(*arguments(files | {"transformer": tmp_path / "absent.pth"}), folder=tmp_path)
     assert run.returncode == 1
     assert run.stdout == ""
-    line = f"convert_far.py: error: {tmp_path / 'absent.pth'}: there is no such file"
+    line = f"convert: error: {tmp_path / 'absent.pth'}: there is no such file"
     assert run.stderr.strip().splitlines()[-1] == line
     assert "Traceback" not in run.stderr
     assert not files["--output"].parent.exists()
@@ -103,7 +103,9 @@ def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    assert "convert_far.py FAR.pth --autoencoder DCAE.pth --preset far-b-long-dmlab --output DIR" in shown
+    assert (
+        "diffusers-far convert FAR.pth --autoencoder DCAE.pth --preset far-b-long-dmlab --output DIR" in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_a_faulty_transformer_is_named_and_nothing_is_written(
     torch.save(change(load(files["transformer"])), faulty)
     assert main(arguments(files | {"transformer": faulty})) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("convert_far.py: error: ")
+    assert error.startswith("convert: error: ")
     assert message in error
     assert str(faulty) in error or fault == "twice"
     assert not files["--output"].parent.exists()
