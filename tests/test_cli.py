@@ -14,7 +14,7 @@ from diffusers_far.demo import save_video
 from diffusers_far.pipeline_inputs import read_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
-COMMANDS = ["continue", "convert", "demo", "generate", "info", "play"]
+COMMANDS = ["continue", "convert", "demo", "generate", "info", "play", "push"]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_generate(tmp_path: Path) -> None:
 def test_info(checkpoint: str) -> None:
     result = run("info", checkpoint)
     assert result.exit_code == 0, result.output
-    assert "FAR Long, 2 layers" in result.output and "4: noop, forward, left, right" in result.output
+    assert "FAR Long, 2 layers" in result.output and "noop, forward, left, right" in result.output
     assert "64, long-term 4" in result.output
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "key_map": 0,
     "single_file": 0,
     "pipeline_inputs": 0,
+    "hub": 0,
     "attention": 1,
     "transformer_far": 2,
     "context_schedule": 2,

@@ -32,6 +32,8 @@ def __getattr__(name: str) -> Any:
     _register()
     value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
+    if name == "FARVideoPipeline":  # where `DiffusionPipeline.from_pretrained(repo)` looks the class up
+        importlib.import_module("diffusers").FARVideoPipeline = value  # type: ignore[attr-defined]
     return value
 
 

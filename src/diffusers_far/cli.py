@@ -1,6 +1,5 @@
 """The command `diffusers-far`: what the Python API does, under the same names."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from . import __version__
 
 CHECKPOINT = "checkpoints/far-doom-maze-64"
 INTERRUPTED = 130  # what shells expect after Ctrl-C
+VARIANT = click.option("--variant", help="Of the weights' files, such as fp16.")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,6 +63,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--fps", type=click.IntRange(1, 120), default=10, show_default=True, help="Of the mp4."),
         click.option("--device", help="Default: a GPU if there is one."),
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        VARIANT,
     ]
     for option in reversed(options):
         command = option(command)
@@ -104,6 +105,7 @@ def make_video(
     fps: int,
     device: str | None,
     dtype: str,
+    variant: str | None,
     max_short_frames: int | None,
     max_long_frames: int | None,
     num_sink_frames: int,
@@ -120,7 +122,7 @@ def make_video(
     if not output.absolute().parent.is_dir():
         raise ValueError(f"--output: the folder of {output} does not exist")
     context = None if video is None else read_video(video)[-(num_context or 0) :]
-    pipeline = load_pipeline(checkpoint, device, dtype)
+    pipeline = load_pipeline(checkpoint, device, dtype, variant)
     num_given, table = 0 if context is None else len(context), None
     if actions is not None:
         num_actions = pipeline.transformer.config.num_actions
@@ -150,7 +152,9 @@ def make_video(
     sys.exit(code)
 
 
-def load_pipeline(checkpoint: str, device: str | None, dtype: str) -> Any:
+def load_pipeline(
+    checkpoint: str, device: str | None = None, dtype: str = "float32", variant: str | None = None
+) -> Any:
     """A pipeline from a folder or a repo id."""
     import torch
 
@@ -158,7 +162,8 @@ def load_pipeline(checkpoint: str, device: str | None, dtype: str) -> Any:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = str(locate(checkpoint))
-    return FARVideoPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    options = {"dtype": getattr(torch, dtype), "variant": variant}
+    return FARVideoPipeline.from_pretrained(folder, **options).to(device)
 
 
 def locate(checkpoint: str) -> str | Path:
@@ -220,43 +225,43 @@ def play(**options: Any) -> None:
 
 @main.command()
 @click.argument("checkpoint")
-def info(checkpoint: str) -> None:
+@VARIANT
+def info(checkpoint: str, variant: str | None) -> None:
     """What CHECKPOINT, a folder or repo id, is: sizes, conditions, defaults, memory of its context.
 
     \b
     diffusers-far info checkpoints/far-doom-maze-64
     """
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    pipeline = load_pipeline(checkpoint, "cpu", "float32")
-    for name, value in describe(pipeline).items():
-        click.echo(f"{name:24} {value}")
+    pipeline = load_pipeline(checkpoint, "cpu", variant=variant)
+    from .hub import describe_pipeline
+
+    for name, value in describe_pipeline(pipeline).items():
+        click.echo(f"{name:20} {value}")
 
 
-def describe(pipeline: Any) -> dict[str, Any]:
-    """Names and figures of a pipeline, memory in float32."""
-    model, config = pipeline.transformer, pipeline.transformer.config
-    size = pipeline.config.sample_size or 64
-    grid = size // pipeline.vae_scale_factor
-    long_tokens, short_tokens = model.tokens_per_frame(grid, grid)
-    width = config.num_attention_heads * config.attention_head_dim
-    kilobytes = 2 * config.num_layers * width * 4 / 1024  # keys and values of a token
-    names = pipeline.config.action_names
-    actions = (
-        None if config.num_actions is None else f"{config.num_actions}: {', '.join(names or ['unnamed'])}"
-    )
-    figures = {
-        "model": f"FAR {'Long' if model.is_long else 'base'}, {config.num_layers} layers, width {width}, "
-        f"{config.num_attention_heads} heads",
-        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million, "
-        f"autoencoder {sum(p.numel() for p in pipeline.vae.parameters()) / 1e6:.1f} million",
-        "frames": f"{size} x {size} pixels, {config.in_channels} x {grid} x {grid} latents",
-        "tokens of a frame": f"{short_tokens}" + (f", long-term {long_tokens}" if model.is_long else ""),
-        "window": f"{config.short_window} frames" if model.is_long else "all frames",
-        "cache of a frame": f"{short_tokens * kilobytes:.0f} kB"
-        + (f", long-term {long_tokens * kilobytes:.0f} kB" if model.is_long else ""),
-        "classes": config.num_classes,
-        "actions": actions,
-        "any-step": "yes (use_meanflow)" if config.use_meanflow else "no",
-    }
-    defaults = ("num_inference_steps", "flex_rope_slope", "sample_size")
-    return figures | {name: pipeline.config[name] for name in defaults}
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="If the repository is new.")
+@click.option("--revision", help="Branch; created where it does not exist.")
+@click.option("--token", help="Default: that of `hf auth login`.")
+@click.option(
+    "--sample-video",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="To add as sample.mp4.",
+)
+@VARIANT
+def push(checkpoint: Path, repo_id: str, variant: str | None, **options: Any) -> None:
+    """Upload the pipeline folder CHECKPOINT to REPO_ID on the Hub, with a model card if it has none.
+
+    \b
+    diffusers-far push runs/my-model me/my-model --private
+    """
+    from .hub import push_folder
+
+    pipeline = load_pipeline(str(checkpoint), "cpu", variant=variant)
+    click.echo(push_folder(checkpoint, repo_id, pipeline, **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .context_schedule import ContextSchedule
+from .hub import FARPushToHubMixin
 from .pipeline_inputs import (
     Labels,
     check_action_names,
@@ -52,7 +53,7 @@ class _Interrupted(Exception):
     """Leaves the denoising loop of an interrupted call."""
 
 
-class FARVideoPipeline(DiffusionPipeline):
+class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
 
     Args:

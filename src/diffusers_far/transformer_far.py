@@ -25,6 +25,7 @@ from .frame_layout import (
     split_frames,
     unpatchify,
 )
+from .hub import FARPushToHubMixin
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
 from .single_file import FARSingleFileMixin
@@ -104,7 +105,9 @@ class FARTransformerBlock(nn.Module):
         return hidden_states + layout.modulate(torch.mul, self.ff(normed), gate)
 
 
-class FARTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingleFileMixin, AttentionMixin):
+class FARTransformer3DModel(
+    FARPushToHubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingleFileMixin, AttentionMixin
+):
     """Frame-autoregressive video transformer, base and Long (arXiv 2503.19325).
 
     Every frame has its own noise level and sees itself and the frames before it. The Long model gives the

@@ -1,0 +1,174 @@
+"""What goes to the Hub beside the weights: a model card that is filled in."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from torch.utils.flop_counter import FlopCounterMode
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+NOT_STATED = "Not stated."
+TAGS = ["diffusers", "far", "video-prediction", "world-model"]
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Names and figures of a FARTransformer3DModel."""
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    figures = {
+        "model": f"FAR {'Long' if model.is_long else 'base'}, {config.num_layers} layers, width {width}, "
+        f"{config.num_attention_heads} heads",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
+        "window": f"{config.short_window} frames" if model.is_long else "all frames",
+        "classes": config.num_classes,
+        "actions": config.num_actions,
+        "any-step": "yes (use_meanflow)" if config.use_meanflow else "no",
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def describe_pipeline(pipeline: Any) -> dict[str, Any]:
+    """Names and figures of a FARVideoPipeline, at its default size, or 64 x 64 pixels if it has none."""
+    model, config = pipeline.transformer, pipeline.transformer.config
+    size = pipeline.config.sample_size or 64
+    grid = size // pipeline.vae_scale_factor
+    width = config.num_attention_heads * config.attention_head_dim
+    long_tokens, short_tokens = model.tokens_per_frame(grid, grid)
+    kilobytes = 2 * config.num_layers * width * 4 / 1024  # keys and values of a token in float32
+    figures = describe_model(model)
+    if pipeline.config.action_names:
+        figures["actions"] = ", ".join(pipeline.config.action_names)
+    vae_parameters = sum(parameter.numel() for parameter in pipeline.vae.parameters())
+    figures |= {
+        "autoencoder": f"{vae_parameters / 1e6:.1f} million parameters",
+        "frames": f"{size} x {size} pixels, {config.in_channels} x {grid} x {grid} latents",
+        "tokens of a frame": f"{short_tokens}" + (f", long-term {long_tokens}" if model.is_long else ""),
+        "cache of a frame": f"{short_tokens * kilobytes:.0f} kB"
+        + (f", long-term {long_tokens * kilobytes:.0f} kB" if model.is_long else "")
+        + " in float32",
+        "operations": f"{count_flops(model, grid) / 1e9:.2f} GFLOP for a denoising step after 16 frames",
+    }
+    defaults = ("num_inference_steps", "flex_rope_slope", "sample_size")
+    return figures | {name: pipeline.config[name] for name in defaults}
+
+
+@torch.no_grad()
+def count_flops(model: Any, grid: int, num_context: int = 16) -> int:
+    """Floating-point operations of a denoising step of one video after `num_context` short-term frames."""
+    cache = model.create_cache(1, grid, grid)
+    shape = (model.config.in_channels, grid, grid)
+    context = torch.zeros(1, num_context, *shape, device=model.device, dtype=model.dtype)
+    clean = torch.full((1, num_context), -1.0, device=model.device)
+    model(context, clean, cache=cache, num_long_frames=0)
+    cache.append(short_frames=range(num_context))
+    with FlopCounterMode(display=False) as counter:
+        model(context[:, :1], clean[:, :1] * 0 + 500, cache=cache)
+    return int(counter.get_total_flops())
+
+
+def fill_model_card(
+    model: Any,
+    repo_id: str,
+    card_data: ModelCardData | None = None,
+    summary: str = "",
+    usage: str = "frames = pipe(num_frames=32).frames[0]",
+    training: str = NOT_STATED,
+    evaluation: str = NOT_STATED,
+    limits: str = NOT_STATED,
+) -> ModelCard:
+    """The card of `model_card.md` for a pipeline or a transformer.
+
+    Args:
+        model: FARVideoPipeline or FARTransformer3DModel.
+        repo_id: where it is to be loaded from.
+        card_data: license, datasets, metrics (`eval_results`) and the like; tags are added.
+        summary, usage, training, evaluation, limits: Markdown of the sections; usage is Python.
+    """
+    is_pipeline = hasattr(model, "transformer")
+    facts = describe_pipeline(model) if is_pipeline else describe_model(model)
+    card_data = card_data or ModelCardData()
+    card_data.library_name, card_data.pipeline_tag = "diffusers", "image-to-video"
+    card_data.tags = sorted({*(card_data.tags or []), *TAGS})
+    class_name, variable = type(model).__name__, "pipe" if is_pipeline else "model"
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=repo_id.rpartition("/")[2],
+        repo=repo_id,
+        class_name=class_name,
+        variable=variable,
+        summary=summary,
+        usage=usage if is_pipeline else "",
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        training=training,
+        evaluation=evaluation,
+        limits=limits,
+    )
+
+
+class FARPushToHubMixin:
+    """`push_to_hub` with our model card in place of a bare one."""
+
+    def push_to_hub(self, repo_id: str, *, model_card: ModelCard | None = None, **kwargs: Any) -> str:
+        """Save to the Hub, with a card.
+
+        Args:
+            repo_id: "name/repository"; created where it does not exist.
+            model_card: by default one that states what the configuration says.
+            kwargs: as for diffusers: `private`, `token`, `commit_message`, `create_pr`, `variant`, ...
+        """
+        url: str = super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("create_pr"):  # a pull request has diffusers' card
+            card = model_card or fill_model_card(self, repo_id)
+            api = HfApi(token=kwargs.get("token"))
+            api.upload_file(
+                path_or_fileobj=str(card).encode(),
+                path_in_repo="README.md",
+                repo_id=repo_id,
+                commit_message="Model card",
+            )
+        return url
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    pipeline: Any,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    sample_video: str | os.PathLike[str] | None = None,
+) -> str:
+    """Upload a pipeline's folder as it is, in one commit, with a model card if it has none.
+
+    Args:
+        folder: of the pipeline.
+        repo_id: "name/repository"; created where it does not exist.
+        pipeline: loaded from the folder, for the card.
+        private: whether a new repository is.
+        revision: branch; created where it does not exist.
+        token: by default the one of `hf auth login`.
+        sample_video: file to add as `sample.mp4`.
+
+    Returns:
+        Address of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    if "README.md" not in files:
+        card = str(fill_model_card(pipeline, repo_id))
+        operations.append(CommitOperationAdd("README.md", card.encode()))
+    if sample_video is not None:
+        operations.append(CommitOperationAdd("sample.mp4", Path(sample_video)))
+    message = f"Upload {type(pipeline).__name__}"
+    return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)

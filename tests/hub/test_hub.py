@@ -1,0 +1,133 @@
+"""Publishing to a Hub and loading from it, each in a process of its own against a server on loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from diffusers_far import FARVideoPipeline
+from tests.hub.hub_double import TOKEN, HubDouble, serve
+from tests.tiny_models import long_transformer, pipeline
+
+LOAD = "pipe = FARVideoPipeline.from_pretrained('me/far'{}); print('loaded', type(pipe.transformer).__name__)"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubDouble]:
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline(long_transformer(num_actions=4), flex_rope_slope=0.25).save_pretrained(folder)
+    return folder
+
+
+def environment(hub: HubDouble, home: Path, **more: str) -> dict[str, str]:
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    return os.environ | settings | {"HF_HUB_DISABLE_TELEMETRY": "1"} | more
+
+
+def python(hub: HubDouble, home: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run code as a user would who has only imported the package."""
+    command = [sys.executable, "-c", "from diffusers_far import *\n" + code]
+    return subprocess.run(
+        command, env=environment(hub, home, **more), capture_output=True, text=True, timeout=300
+    )
+
+
+def push(hub: HubDouble, home: Path, folder: Path, *options: str, token: str = TOKEN) -> str:
+    command = [sys.executable, "-m", "diffusers_far.cli", "push", str(folder), "me/far", *options]
+    done = subprocess.run(
+        command, env=environment(hub, home, HF_TOKEN=token), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_push_and_load(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    sample = tmp_path / "walk.mp4"
+    sample.write_bytes(b"a video")
+    assert f"{hub.url}/me/far/commit/" in push(hub, tmp_path, folder, "--sample-video", str(sample))
+    files = hub.repositories["me/far"].branches["main"]
+    for path in folder.rglob("*"):
+        assert path.is_dir() or files[path.relative_to(folder).as_posix()] == path.read_bytes()
+    assert files["sample.mp4"] == b"a video"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "diffusers" and "world-model" in card.data.tags
+    assert 'FARVideoPipeline.from_pretrained("me/far")' in card.text and "FAR Long, 2 layers" in card.text
+
+    code = LOAD.format("") + "; print(pipe.config.flex_rope_slope, len(pipe(num_frames=2).frames[0]))"
+    done = python(hub, tmp_path / "reader", code)
+    assert "loaded FARTransformer3DModel" in done.stdout and "0.25 2" in done.stdout, done.stderr
+
+    requests = hub.num_requests
+    offline = python(hub, tmp_path / "reader", LOAD.format(""), HF_HUB_OFFLINE="1")
+    assert "loaded" in offline.stdout, offline.stderr
+    assert hub.num_requests == requests
+    other = python(hub, tmp_path / "nobody", LOAD.format(""), HF_HUB_OFFLINE="1")
+    assert other.returncode != 0
+
+
+def test_diffusers_own_class_loads_it_once_we_are_imported(
+    hub: HubDouble, folder: Path, tmp_path: Path
+) -> None:
+    push(hub, tmp_path, folder)
+    code = "import diffusers; FARVideoPipeline; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
+    done = python(hub, tmp_path / "reader", code + "print('loaded', type(p).__name__)")
+    assert "loaded FARVideoPipeline" in done.stdout, done.stderr
+
+
+def test_private_repositories_and_revisions(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    push(hub, tmp_path, folder, "--private", "--revision", "small")
+    assert hub.repositories["me/far"].private
+    revision = ", revision='small'"
+    assert python(hub, tmp_path / "a", LOAD.format(revision)).returncode != 0
+    with_token = LOAD.format(f"{revision}, token='{TOKEN}'")
+    done = python(hub, tmp_path / "b", with_token)
+    assert "loaded" in done.stdout, done.stderr
+    assert python(hub, tmp_path / "c", LOAD.format(f", token='{TOKEN}'")).returncode != 0  # main is empty
+
+
+def test_variants_and_shards(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    pipe = FARVideoPipeline.from_pretrained(folder)
+    half = tmp_path / "half"
+    pipe.save_pretrained(half, variant="fp16", max_shard_size="200KB")
+    assert len(list(half.glob("transformer/*fp16-0000?-of-00002.safetensors"))) == 2
+    push(hub, tmp_path, half, "--variant", "fp16")
+    done = python(hub, tmp_path / "reader", LOAD.format(", variant='fp16'"))
+    assert "loaded" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("part", ["pipe", "pipe.transformer"])
+def test_push_to_hub_writes_our_card(hub: HubDouble, folder: Path, tmp_path: Path, part: str) -> None:
+    code = f"pipe = FARVideoPipeline.from_pretrained({str(folder)!r}); {part}.push_to_hub('me/far')"
+    done = python(hub, tmp_path, code, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["me/far"].branches["main"]
+    name = "FARVideoPipeline" if part == "pipe" else "FARTransformer3DModel"
+    assert f'{name}.from_pretrained("me/far")' in files["README.md"].decode()
+    done = python(
+        hub, tmp_path / "reader", f"print('loaded', type({name}.from_pretrained('me/far')).__name__)"
+    )
+    assert f"loaded {name}" in done.stdout, done.stderr
+
+
+def test_pushing_without_a_token(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diffusers_far.cli", "push", str(folder), "me/far"]
+    done = subprocess.run(
+        command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: ")
+    assert hub.repositories == {}
