@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
-from diffusers_far import FARVideoPipeline
+from diffusers_far import ContextSchedule, FARVideoPipeline
 from diffusers_far.pipeline_inputs import read_video
 from evaluation.metrics import sharpness
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=200, help="frames to roll out")
     parser.add_argument("--columns", type=int, default=11)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--refresh-interval", type=int, default=1, help="of ContextSchedule; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -61,6 +62,7 @@ def main() -> None:
             actions=episode["actions"][:end],
             num_frames=end,
             num_inference_steps=arguments.steps,
+            context_schedule=ContextSchedule(refresh_interval=arguments.refresh_interval or None),
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pt",
         ).frames[0]

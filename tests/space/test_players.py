@@ -29,7 +29,9 @@ def play(game: Game, actions: list[int]) -> np.ndarray:
 
 def rolled(pipe: FARVideoPipeline, actions: list[int], **settings: Any) -> np.ndarray:
     """The same game by the pipeline alone."""
-    settings = {"num_inference_steps": 2, "output_type": "np", "generator": generator(5)} | settings
+    schedule = ContextSchedule(max_long_frames=64, refresh_interval=None)
+    defaults = {"num_inference_steps": 2, "context_schedule": schedule, "generator": generator(5)}
+    settings = defaults | {"output_type": "np"} | settings
     if "video" in settings:
         settings |= {"context_actions": START_ACTIONS}
     rollout = pipe.rollout(**settings)
@@ -50,7 +52,10 @@ def test_a_game_is_a_rollout(pipe: FARVideoPipeline, start: np.ndarray | None) -
         (GameSettings(3), {"num_inference_steps": 3}),
         (GameSettings(2, guidance_scale=2.0), {"guidance_scale": 2.0}),
         (GameSettings(2, flex_rope_slope=0.2), {"flex_rope_slope": 0.2}),
-        (GameSettings(2, long_memory=False), {"context_schedule": ContextSchedule(max_long_frames=0)}),
+        (
+            GameSettings(2, long_memory=False),
+            {"context_schedule": ContextSchedule(max_long_frames=0, refresh_interval=None)},
+        ),
     ],
 )
 def test_settings_change_on_the_way(

@@ -107,8 +107,9 @@ class Game:
         """A rollout of the present settings over the frames that are kept."""
         pipeline, settings, kept = self.pipeline, self.settings, len(self._latents)
         bound, window = self.max_context_frames, pipeline.transformer.config.short_window
-        if pipeline.transformer.is_long:
-            schedule = ContextSchedule(max_long_frames=bound if settings.long_memory else 0)
+        if pipeline.transformer.is_long:  # without refreshing: a frame comes sooner, and looks the same
+            long_frames = bound if settings.long_memory else 0
+            schedule = ContextSchedule(max_long_frames=long_frames, refresh_interval=None)
         else:
             schedule = ContextSchedule(max_short_frames=bound if settings.long_memory else window)
         has_actions = pipeline.transformer.config.num_actions is not None
