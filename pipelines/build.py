@@ -4,9 +4,9 @@
     python pipelines/build.py --checkpoint FOLDER --output FOLDER    # a checkpoint with this code in it
 
 diffusers takes code from single files: `pipeline.py` beside model_index.json and `transformer_far.py` beside
-the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order. What is left
-out: loading published files, and model cards. Upload such a checkpoint to a branch of its own (`remote-code`):
-where code lies beside weights, diffusers wants trust even if the package is installed.
+the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order, without
+the loading of published files and model cards. Upload such a checkpoint to a branch of its own
+(`remote-code`): where code lies beside weights, diffusers wants trust even if the package is installed.
 """
 
 import argparse
