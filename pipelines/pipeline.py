@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
@@ -1607,7 +1607,7 @@ class FARVideoPipeline(DiffusionPipeline):
     Args:
         transformer: FAR, base or Long.
         vae: autoencoder of single frames; its `scaling_factor` is the only normalisation of the latents.
-        scheduler: flow-matching scheduler.
+        scheduler: flow-matching scheduler; Euler (`FlowMatchEulerDiscreteScheduler`) is published.
         flex_rope_slope: default temporal decay of FlexRoPE, kept with the checkpoint.
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default height and width of videos in pixels, kept with the checkpoint.
@@ -1621,7 +1621,7 @@ class FARVideoPipeline(DiffusionPipeline):
         self,
         transformer: FARTransformer3DModel,
         vae: AutoencoderDC,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         flex_rope_slope: float = 0.0,
         num_inference_steps: int = 50,
         sample_size: int | None = None,

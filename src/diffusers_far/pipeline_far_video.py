@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -59,7 +59,7 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
     Args:
         transformer: FAR, base or Long.
         vae: autoencoder of single frames; its `scaling_factor` is the only normalisation of the latents.
-        scheduler: flow-matching scheduler.
+        scheduler: flow-matching scheduler; Euler (`FlowMatchEulerDiscreteScheduler`) is published.
         flex_rope_slope: default temporal decay of FlexRoPE, kept with the checkpoint.
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default height and width of videos in pixels, kept with the checkpoint.
@@ -73,7 +73,7 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         self,
         transformer: FARTransformer3DModel,
         vae: AutoencoderDC,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         flex_rope_slope: float = 0.0,
         num_inference_steps: int = 50,
         sample_size: int | None = None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, UniPCMultistepScheduler
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
 
@@ -39,6 +39,8 @@ def test_folder_loads_with_its_defaults(main, parts, tmp_path):
             *parts,
             "--output",
             str(output),
+            "--solver",
+            "UniPC",
             "--num_inference_steps",
             "3",
             "--sample_size",
@@ -49,6 +51,9 @@ def test_folder_loads_with_its_defaults(main, parts, tmp_path):
     )
     pipeline = FARVideoPipeline.from_pretrained(output)
     assert pipeline.transformer.dtype == torch.float32  # what is stored in bfloat16 computes in float32
+    assert (
+        isinstance(pipeline.scheduler, UniPCMultistepScheduler) and pipeline.scheduler.config.use_flow_sigmas
+    )
     assert (pipeline.config.num_inference_steps, pipeline.config.sample_size) == (3, 16)
     assert pipeline.vae.config.scaling_factor == 0.5
     assert pipeline(num_frames=2, actions=[0, 1], output_type="pt").frames.shape == (1, 2, 3, 16, 16)
