@@ -4,13 +4,18 @@ PYTHON ?= python
 # Two pytest workers share the cores: more threads in each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check test format demo
+.PHONY: check check-portable test format demo
 
 check:  ## what the continuous checks run
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -n 2
+	$(MAKE) check-portable
+
+check-portable:  ## parity as on CPUs without AVX-512 and AMX, and as on those with hardly any vector instructions
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTHON) -m pytest -q -n 2 tests/parity
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(PYTHON) -m pytest -q -n 2 tests/parity
 
 test:
 	$(PYTHON) -m pytest -n 2

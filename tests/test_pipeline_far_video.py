@@ -12,7 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
-from tests.tiny_models import generator, latents, long_transformer, max_error, pipeline, transformer
+from tests.tiny_models import (
+    TOLERANCE,
+    generator,
+    latents,
+    long_transformer,
+    max_error,
+    pipeline,
+    relative_error,
+    transformer,
+)
 
 STEPS = 3
 
@@ -62,7 +71,7 @@ def test_output_types_agree(pipe: FARVideoPipeline) -> None:
     images = np.stack([[np.asarray(frame) for frame in video] for video in outputs["pil"]])
     np.testing.assert_array_equal(images, (outputs["np"] * 255).round().astype(np.uint8))
     decoded = torch.stack([pipe.decode_latents(frame) for frame in outputs["latent"].unbind(1)], dim=1)
-    assert max_error((decoded / 2 + 0.5).clamp(0, 1), outputs["pt"]) <= 1e-6
+    assert relative_error((decoded / 2 + 0.5).clamp(0, 1), outputs["pt"]) <= TOLERANCE
 
 
 def test_frames_of_a_video_are_decoded_in_order(pipe: FARVideoPipeline) -> None:
@@ -70,7 +79,7 @@ def test_frames_of_a_video_are_decoded_in_order(pipe: FARVideoPipeline) -> None:
     frames = call(pipe, video_latents=context, output_type="pt")
     for video, frame in itertools.product(range(2), range(3)):
         decoded = pipe.decode_latents(context[video : video + 1, frame])
-        assert max_error((decoded[0] / 2 + 0.5).clamp(0, 1), frames[video, frame]) <= 1e-5
+        assert relative_error((decoded[0] / 2 + 0.5).clamp(0, 1), frames[video, frame]) <= TOLERANCE
 
 
 def test_return_dict(pipe: FARVideoPipeline) -> None:
@@ -81,7 +90,7 @@ def test_return_dict(pipe: FARVideoPipeline) -> None:
 def test_use_cache_changes_nothing() -> None:
     pipe = pipeline(long_transformer(num_actions=4))
     arguments = {"num_frames": 9, "actions": [1, 2, 3] * 3, "guidance_scale": 1.5}
-    assert max_error(call(pipe, **arguments), call(pipe, **arguments, use_cache=False)) <= 1e-5
+    assert relative_error(call(pipe, **arguments), call(pipe, **arguments, use_cache=False)) <= TOLERANCE
 
 
 def test_a_context_schedule_reaches_the_rollout(pipe: FARVideoPipeline) -> None:
@@ -108,13 +117,13 @@ def test_a_batch_is_its_videos(class_pipe: FARVideoPipeline) -> None:
     together = call(class_pipe, class_labels=[0, 4, 2], latents=noise, **arguments)
     for index, label in enumerate((0, 4, 2)):
         alone = call(class_pipe, class_labels=label, latents=noise[index : index + 1], **arguments)
-        assert max_error(together[index : index + 1], alone) <= 1e-5
+        assert relative_error(together[index : index + 1], alone) <= TOLERANCE
 
 
 def test_one_generator_per_video(pipe: FARVideoPipeline) -> None:
     together = call(pipe, batch_size=2, generator=[generator(5), generator(6)])
     for index, seed in enumerate((5, 6)):
-        assert max_error(together[index : index + 1], call(pipe, generator=generator(seed))) <= 1e-5
+        assert relative_error(together[index : index + 1], call(pipe, generator=generator(seed))) <= TOLERANCE
     assert max_error(together[:1], together[1:]) > 0.1
 
 
@@ -131,7 +140,7 @@ def test_forms_of_class_labels(class_pipe: FARVideoPipeline) -> None:
     for form in (2, np.int64(2), torch.tensor(2)):
         assert torch.equal(call(class_pipe, class_labels=form, batch_size=2), expected)
     assert call(class_pipe, class_labels=2).shape[0] == 1
-    assert max_error(call(class_pipe, class_labels=[2, 3])[0], expected[0]) <= 1e-6
+    assert relative_error(call(class_pipe, class_labels=[2, 3])[0], expected[0]) <= TOLERANCE
     assert max_error(call(class_pipe, class_labels=[2, 3])[1], expected[1]) > 1e-4
 
 
@@ -171,7 +180,7 @@ def test_null_labels_are_the_same(class_pipe: FARVideoPipeline) -> None:
     for null in (-1, 5, [-1], [5], torch.tensor([-1])):
         assert torch.equal(call(class_pipe, class_labels=null), expected)
     assert torch.equal(call(class_pipe, class_labels=3, guidance_scale=0), expected)
-    assert max_error(call(class_pipe, guidance_scale=3.0), expected) <= 1e-5  # null against null
+    assert relative_error(call(class_pipe, guidance_scale=3.0), expected) <= TOLERANCE  # null against null
     assert max_error(call(class_pipe, class_labels=3), expected) > 1e-4
 
 
@@ -179,7 +188,7 @@ def test_guidance(class_pipe: FARVideoPipeline) -> None:
     null, plain, guided = (call(class_pipe, class_labels=3, guidance_scale=scale) for scale in (0, 1, 2.5))
     assert class_pipe.guidance_scale == 2.5 and class_pipe.do_classifier_free_guidance
     assert max_error(null, plain) > 1e-4 and max_error(guided, plain) > 1e-4
-    assert max_error(call(class_pipe, class_labels=3, guidance_scale=1.0 + 1e-7), plain) <= 1e-4
+    assert relative_error(call(class_pipe, class_labels=3, guidance_scale=1.0 + 1e-7), plain) <= TOLERANCE
 
 
 def test_the_callback_gets_every_step(pipe: FARVideoPipeline) -> None:
@@ -363,7 +372,7 @@ def test_group_offload(model: Any) -> None:
     pipe = pipeline(model(num_actions=4))
     expected = call(pipe, num_frames=6, output_type="pt")
     pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert max_error(call(pipe, num_frames=6, output_type="pt"), expected) <= 1e-6
+    assert relative_error(call(pipe, num_frames=6, output_type="pt"), expected) <= TOLERANCE
 
 
 @pytest.mark.gpu

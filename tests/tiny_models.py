@@ -8,6 +8,10 @@ from torch import Tensor
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
 
+# Largest `relative_error` allowed between two ways to the same float32 result. CPUs add in different orders:
+# up to 2e-5 was seen. Real faults are at least 100 times this, as `tests/parity/test_faults.py` shows.
+TOLERANCE = 1e-4
+
 CHANNELS, GRID = 4, 8  # latents of the tiny autoencoder: [B, F, 4, 8, 8] for 64 x 64 pixels
 
 SIZE = {
@@ -90,3 +94,9 @@ def max_error(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference; shapes must agree, and NaN counts as infinite."""
     assert found.shape == expected.shape, f"{tuple(found.shape)} is not {tuple(expected.shape)}"
     return float((found.detach().float() - expected.detach().float()).abs().nan_to_num(nan=torch.inf).max())
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """`max_error` as a share of the largest expected value, since rounding errors grow with the values."""
+    error, scale = max_error(found, expected), float(expected.detach().abs().max())
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.parity.make_own_golden import CASES, FOLDER
-from tests.tiny_models import max_error
+from tests.tiny_models import TOLERANCE, relative_error
 
 
 def test_every_file_is_checked_and_small() -> None:
@@ -18,4 +18,4 @@ def test_results_are_as_before(case: str) -> None:
     expected, found = load_file(FOLDER / f"{case}.safetensors"), CASES[case]()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert max_error(found[name], value) <= 2e-5 * max(1.0, value.abs().max().item()), name
+        assert relative_error(found[name], value) <= TOLERANCE, name
