@@ -4,9 +4,10 @@
     accelerate launch training/encode_latents.py DATA ...              # several processes share the videos
 
 Writes LATENTS/<split>/<name of the video>.safetensors: `latents` float16 [T, C, h, w], **already scaled** by
-scaling_factor, and `actions` int64 [T] where the data has them (`actions[t]` led to frame t). The metadata of
-each file identifies the autoencoder by a hash of the encoder's weights and the scaling factor. Finished files
-are kept, so a run can be started again; a folder with latents of another autoencoder is refused.
+scaling_factor, and where the data has them `actions` int64 [T] (`actions[t]` led to frame t) and `revisits`
+int64 [T] (how many frames ago the view of frame t was last seen; 0 for never). The metadata of each file
+identifies the autoencoder by a hash of the encoder's weights and the scaling factor. Finished files are kept,
+so a run can be started again; a folder with latents of another autoencoder is refused.
 """
 
 import argparse
@@ -81,11 +82,14 @@ def encode_episode(
 ) -> None:
     """Write the latents and actions of one episode to `file`, which appears only when it is complete."""
     frames = torch.from_numpy(read_video(episode.video))
-    if episode.actions is not None and len(episode.actions) != len(frames):
-        raise ValueError(f"{episode.video}: {len(frames)} frames, but {len(episode.actions)} actions")
-    tensors = {"latents": encode_video(autoencoder, frames, batch_size)}
-    if episode.actions is not None:
-        tensors["actions"] = torch.tensor(episode.actions, dtype=torch.int64)
+    per_frame = {"actions": episode.actions, "revisits": episode.revisits}
+    tensors = {}
+    for name, values in per_frame.items():
+        if values is not None:
+            if len(values) != len(frames):
+                raise ValueError(f"{episode.video}: {len(frames)} frames, but {len(values)} {name}")
+            tensors[name] = torch.tensor(values, dtype=torch.int64)
+    tensors["latents"] = encode_video(autoencoder, frames, batch_size)
     partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs by mistake do not write into one another
     save_file(tensors, partial, metadata={HASH_KEY: autoencoder_hash})
     partial.replace(file)

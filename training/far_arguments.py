@@ -34,6 +34,10 @@ class TrainingArguments:
         condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
         own_context_probability: chance of a batch whose clean frames of the window are the model's own
             estimates of them (scheduled sampling); not published. It keeps long rollouts from washing out.
+        length_distribution: of a Long model's clips, "uniform" as published, or "log_uniform", mostly short.
+        noisy_window_probability: chance of a batch whose windows have no clean frame, so that only the
+            long-term frames can tell what comes.
+        revisit_probability: chance of a clip whose window shows a view that the clip has before its window.
         batch_size: clips per process and forward.
         gradient_accumulation_steps: forwards per step of the optimizer.
         max_train_steps, max_minutes: length of the run in steps of the optimizer, in minutes, or in both: it
@@ -43,8 +47,10 @@ class TrainingArguments:
         learning_rate: the highest one, of AdamW.
         muon_learning_rate: the highest one of Muon, which then trains the matrices of the blocks and leaves
             the rest to AdamW. Unset, AdamW trains all weights, as published.
-        lr_scheduler: a name that `get_scheduler` of diffusers knows.
+        lr_scheduler: a name that `get_scheduler` of diffusers knows, or "warmup_stable_decay": the rate stays
+            at its highest until the last part of the run, so that an earlier checkpoint can go on for longer.
         warmup_ratio: share of the run in which the learning rate rises.
+        decay_ratio: share of the run in which "warmup_stable_decay" falls to zero.
         adam_beta1, adam_beta2, max_grad_norm: of AdamW, which has no weight decay here.
         ema_decay, ema_power: the decay after n steps is `1 - (1 + n) ** -ema_power`, at most `ema_decay`.
         mixed_precision: "no", "bf16" or "fp16".
@@ -68,6 +74,9 @@ class TrainingArguments:
     clean_context_probability: float = 0.1
     condition_dropout: float = 0.1
     own_context_probability: float = 0.0
+    length_distribution: str = "uniform"
+    noisy_window_probability: float = 0.0
+    revisit_probability: float = 0.0
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     max_train_steps: int | None = None
@@ -77,6 +86,7 @@ class TrainingArguments:
     muon_learning_rate: float | None = None
     lr_scheduler: str = "constant_with_warmup"
     warmup_ratio: float = 0.01
+    decay_ratio: float = 0.2
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
@@ -109,11 +119,17 @@ class TrainingArguments:
                 raise ValueError(f"{name}={value} must be greater than 0")
         for name in (
             *("clean_context_probability", "condition_dropout", "own_context_probability"),
-            *("warmup_ratio", "ema_decay"),
+            *("noisy_window_probability", "warmup_ratio", "decay_ratio", "ema_decay"),
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name, choices in (("mixed_precision", ("no", "bf16", "fp16")), ("attention", ("sdpa", "matmul"))):
+        if not 0 <= self.revisit_probability <= 1:
+            raise ValueError(f"revisit_probability={self.revisit_probability} must be in [0, 1]")
+        for name, choices in (
+            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("attention", ("sdpa", "matmul")),
+            ("length_distribution", ("uniform", "log_uniform")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
 

@@ -29,6 +29,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import get_wsd_schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
@@ -53,9 +54,12 @@ class RunClock:
         self._started = time.monotonic()
         self._max_steps = args.max_train_steps or math.inf
         self._max_seconds = (args.max_minutes or math.inf) * 60
-        warmup = int(args.warmup_ratio * self.SCHEDULE_LENGTH)
         length = self.SCHEDULE_LENGTH
-        schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup, length)
+        warmup, decay = int(args.warmup_ratio * length), int(args.decay_ratio * length)
+        if args.lr_scheduler == "warmup_stable_decay":
+            schedule = get_wsd_schedule(optimizer, warmup, decay, length, decay_type="linear")
+        else:
+            schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup, length)
         self._scale_at = schedule.lr_lambdas[0]
 
     def start(self) -> None:
@@ -127,6 +131,9 @@ class Trainer:
             args.own_context_probability,
             args.seed,
             self.accelerator.process_index,
+            args.length_distribution,
+            args.noisy_window_probability,
+            args.revisit_probability,
         )
         decay, power = args.ema_decay, args.ema_power
         self.ema = EMAModel(model.parameters(), decay, use_ema_warmup=True, power=power, foreach=True)

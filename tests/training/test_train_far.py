@@ -126,6 +126,48 @@ def test_share_of_dropped_actions(latents: Path) -> None:
     assert (actions == -1).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
+def test_log_uniform_lengths_are_mostly_short(latents: Path) -> None:
+    batches = ClipBatches(LatentVideos(latents / "train"), 1, 12, 2, length_distribution="log_uniform")
+    lengths = torch.tensor([batches[index].latents.shape[1] for index in range(400)])
+    assert lengths.min() == 2 and lengths.max() == 12
+    assert (lengths < 5).float().mean().item() == pytest.approx(math.log(5 / 2) / math.log(13 / 2), abs=0.08)
+
+
+def test_noisy_windows(latents: Path) -> None:
+    """They have no clean frame and one noise level, and there is nothing of the model's own to put in."""
+    settings = {"clean_context_probability": 0.5, "own_context_probability": 0.5}
+    batches = ClipBatches(LatentVideos(latents / "train"), 4, 6, 3, **settings, noisy_window_probability=0.3)
+    drawn = [batches[index] for index in range(300)]
+    noisy = [batch for batch in drawn if (batch.sigmas == batch.sigmas[:, :1]).all()]
+    assert not any(batch.clean.any() for batch in noisy)
+    assert len(noisy) / len(drawn) == pytest.approx(0.3, abs=0.07)
+    assert not any(batch.own_context for batch in noisy)
+
+
+def test_clips_of_revisits(tmp_path: Path) -> None:
+    """The window shows a view that the clip has before its window."""
+    revisits = torch.zeros(2, 40, dtype=torch.int64)
+    revisits[0, 30], revisits[1, 12], revisits[1, 39] = 20, 9, 25
+    frames = torch.arange(40.0).expand(2, 40)  # a frame is its number
+    for video in range(2):
+        content = {"latents": frames[video, :, None, None, None].half(), "revisits": revisits[video]}
+        save_file(content, tmp_path / f"{video}.safetensors")
+    batches = ClipBatches(LatentVideos(tmp_path), 8, 32, 4, revisit_probability=1.0)
+    pairs = {(10, 30), (3, 12), (14, 39)}  # frames of the same view
+    shown = set()
+    for index in range(60):
+        clips = batches[index].latents[:, :, 0, 0, 0].long()
+        if clips.shape[1] in (*range(13, 17), *range(24, 33)):  # other lengths fit none of the three
+            for first, last in zip(clips[:, 0].tolist(), clips[:, -1].tolist(), strict=True):
+                before, window = range(first, last - 3), range(last - 3, last + 1)
+                fitting = {pair for pair in pairs if pair[0] in before and pair[1] in window}
+                assert fitting
+                shown |= fitting
+    assert shown == pairs
+    with pytest.raises(ValueError, match=r"revisit_probability=0\.5"):
+        ClipBatches(LatentVideos(tmp_path), 8, 32, revisit_probability=0.5)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Runs
 
@@ -221,6 +263,16 @@ def test_the_learning_rate_follows_the_clock(latents: Path, tmp_path: Path) -> N
     for clock.seconds in (0, 30, 60, 330, 600):
         rates.append(clock.learning_rate_share)
     assert rates == pytest.approx([0.005, 0.5, 1.0, 0.5, 0.0], abs=1e-3)
+
+
+def test_a_rate_that_is_constant_until_the_last_part(latents: Path, tmp_path: Path) -> None:
+    schedule = ["--max_minutes", "10", "--max_train_steps", "100000", "--lr_scheduler", "warmup_stable_decay"]
+    schedule += ["--warmup_ratio", "0.1", "--decay_ratio", "0.4"]
+    clock = Trainer(*parse_arguments(options(latents, tmp_path, *schedule))).clock
+    rates = []
+    for clock.seconds in (30, 60, 200, 360, 480, 600):
+        rates.append(clock.learning_rate_share)
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0], abs=1e-3)
     assert clock.over
 
 

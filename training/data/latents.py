@@ -2,7 +2,8 @@
 
 `training/encode_latents.py` writes a folder per split with one `.safetensors` per video: `latents` float16
 `[T, C, H, W]`, already scaled to unit deviation, and, where the set has them, `actions` int64 `[T]` (action t
-led to frame t). A class-conditional set has `class_label` int64 `[]`.
+led to frame t). A class-conditional set has `class_label` int64 `[]`. A set that knows where its camera was
+may have `revisits` int64 `[T]`: how many frames ago the view of each frame was last seen; 0 for never.
 
 Shapes: B batch, F frames, C channels, H x W latent grid.
 """
@@ -42,6 +43,7 @@ class LatentVideos:
         self.frame_shape: tuple[int, int, int] = tuple(shapes[0][1:])  # (C, H, W)
         self.has_actions = "actions" in self._files[0].keys()  # noqa: SIM118 (it is not a dict)
         self.has_labels = "class_label" in self._files[0].keys()  # noqa: SIM118
+        self.has_revisits = "revisits" in self._files[0].keys()  # noqa: SIM118
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,6 +59,15 @@ class LatentVideos:
     def class_label(self, video: int) -> Tensor:
         """`[]` int64."""
         return self._files[video].get_tensor("class_label")
+
+    def revisits(self) -> np.ndarray:
+        """`[N, 3]` int64, a row for each frame whose view was seen before: video, frame, how long ago."""
+        rows = []
+        for video, file in enumerate(self._files):
+            ages = file.get_tensor("revisits").numpy()
+            (frames,) = ages.nonzero()
+            rows.append(np.stack([np.full_like(frames, video), frames, ages[frames]], axis=1))
+        return np.concatenate(rows)
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,14 @@ class ClipBatches(Dataset[ClipBatch]):
         num_frames: frames of a clip; for a Long model the longest one.
         short_window: window of a Long model, whose clips have a random length between it and `num_frames`,
             one per batch; None for a base model, whose clips all have `num_frames` frames.
+        length_distribution: of these lengths, "uniform" as published, or "log_uniform", which has more short
+            clips: a long one costs more, and most of what there is to remember is not far.
         clean_context_probability: chance of a frame of the window to be given clean.
         condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
         own_context_probability: chance of a batch to ask for the model's own frames as clean ones.
+        noisy_window_probability: chance of a batch without clean frames in its windows, the frames of each at
+            one noise level, so that only the long-term frames can tell what comes.
+        revisit_probability: chance of a clip whose window shows a view that the clip has before its window.
         seed: of all draws.
         rank: of this process; the clip length is the same on all of them.
     """
@@ -135,11 +151,19 @@ class ClipBatches(Dataset[ClipBatch]):
         own_context_probability: float = 0.0,
         seed: int = 0,
         rank: int = 0,
+        length_distribution: str = "uniform",
+        noisy_window_probability: float = 0.0,
+        revisit_probability: float = 0.0,
     ) -> None:
         least, most = short_window or 1, min(videos.num_frames)
         if not least <= num_frames <= most:
             raise ValueError(
                 f"num_frames={num_frames} must be from {least} (the window) to {most} (the shortest video)"
+            )
+        if revisit_probability > 0 and (short_window is None or not videos.has_revisits):
+            raise ValueError(
+                f"revisit_probability={revisit_probability} takes a Long model (long_patch_size) and latents "
+                "that say when their views were seen before (`revisits`)"
             )
         self.videos = videos
         self.batch_size = batch_size
@@ -150,20 +174,18 @@ class ClipBatches(Dataset[ClipBatch]):
         self.own_context_probability = own_context_probability
         self.seed = seed
         self.rank = rank
+        self.length_distribution = length_distribution
+        self.noisy_window_probability = noisy_window_probability
+        self.revisit_probability = revisit_probability
+        self._revisits = videos.revisits() if revisit_probability > 0 else None
 
     def __getitem__(self, index: int) -> ClipBatch:
         num_frames = self.num_frames
         if self.short_window is not None:
-            common_rng = np.random.default_rng((self.seed, index))
-            num_frames = int(common_rng.integers(self.short_window, num_frames, endpoint=True))
+            num_frames = self._draw_length(np.random.default_rng((self.seed, index)), self.short_window)
         window = min(num_frames, self.short_window or num_frames)
         rng = np.random.default_rng((self.seed, index, 1 + self.rank))
-        clips = []
-        for _ in range(self.batch_size):
-            video = int(rng.integers(len(self.videos)))
-            start = int(rng.integers(self.videos.num_frames[video] - num_frames, endpoint=True))
-            clips.append((video, start, num_frames))
-
+        clips = [(*self._draw_clip(rng, num_frames, window), num_frames) for _ in range(self.batch_size)]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         shape = (self.batch_size, window)
         actions = class_labels = None
@@ -174,6 +196,9 @@ class ClipBatches(Dataset[ClipBatch]):
         noise = torch.randn(*shape, *self.videos.frame_shape, generator=generator)
         sigmas = sample_sigmas(shape, generator)
         clean = sample_clean_frames(shape, self.clean_context_probability, generator=generator)
+        own_context = bool(rng.random() < self.own_context_probability)
+        if rng.random() < self.noisy_window_probability:
+            clean, sigmas, own_context = torch.zeros_like(clean), sigmas[:, :1].expand(shape), False
         return ClipBatch(
             latents=torch.stack([self.videos.clip(*clip) for clip in clips]),
             noise=noise,
@@ -182,8 +207,29 @@ class ClipBatches(Dataset[ClipBatch]):
             intervals=sample_intervals(shape, generator=generator),
             actions=actions,
             class_labels=class_labels,
-            own_context=bool(rng.random() < self.own_context_probability),
+            own_context=own_context,
         )
+
+    def _draw_length(self, rng: np.random.Generator, least: int) -> int:
+        """Frames of a Long model's clips, `least` to `num_frames`."""
+        if self.length_distribution == "uniform":
+            return int(rng.integers(least, self.num_frames, endpoint=True))
+        return int(np.exp(rng.uniform(np.log(least), np.log(self.num_frames + 1))))
+
+    def _draw_clip(self, rng: np.random.Generator, num_frames: int, window: int) -> tuple[int, int]:
+        """A video, and where a clip of `num_frames` frames starts in it."""
+        if self._revisits is not None and rng.random() < self.revisit_probability:
+            video, frame, age = self._revisits.T
+            # The window has the frame that is seen again, the clip has the frame where it was seen before.
+            first_end = np.maximum(num_frames, frame + 1)
+            last_end = np.minimum(np.asarray(self.videos.num_frames)[video], frame + window)
+            fits = np.flatnonzero((first_end <= last_end) & (age <= num_frames - window))
+            if len(fits):
+                chosen = rng.choice(fits)
+                end = int(rng.integers(first_end[chosen], last_end[chosen], endpoint=True))
+                return int(video[chosen]), end - num_frames
+        drawn = int(rng.integers(len(self.videos)))
+        return drawn, int(rng.integers(self.videos.num_frames[drawn] - num_frames, endpoint=True))
 
     def _drop(self, conditions: list[Tensor], generator: torch.Generator) -> Tensor:
         stacked = torch.stack(conditions)

@@ -1,7 +1,8 @@
 """Videos of a `datasets` videofolder, decoded by PyAV: one by one, or all frames at once through a cache.
 
 A videofolder is `DATA/<split>/*.mp4` with one line per video in `DATA/<split>/metadata.jsonl`; `file_name` is
-required, `actions` (one integer per frame: `actions[t]` led to frame t) is read where it is present.
+required. `actions` (one integer per frame: `actions[t]` led to frame t) and `revisits` (how many frames ago
+the view of each frame was last seen; 0 for never) are read where they are present.
 """
 
 import hashlib
@@ -21,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Episode:
-    """One video file and, if the metadata has them, its actions: `actions[t]` led to frame t."""
+    """One video file and, if the metadata has them, its actions and revisits, one of each per frame."""
 
     video: Path
     actions: tuple[int, ...] | None
+    revisits: tuple[int, ...] | None
 
 
 def list_episodes(data: str | Path, split: str) -> list[Episode]:
@@ -36,8 +38,9 @@ def list_episodes(data: str | Path, split: str) -> list[Episode]:
     table = table.cast_column("video", Video(decode=False))  # decoding in `datasets` needs torchcodec
     episodes = []
     for row in table:
-        actions = row.get("actions")
-        episodes.append(Episode(Path(row["video"]["path"]), None if actions is None else tuple(actions)))
+        per_frame = (row.get(name) for name in ("actions", "revisits"))
+        values = (None if value is None else tuple(value) for value in per_frame)
+        episodes.append(Episode(Path(row["video"]["path"]), *values))
     return sorted(episodes, key=lambda episode: episode.video)
 
 
