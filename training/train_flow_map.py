@@ -25,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise
-from diffusers_far.kv_cache import FARCache
+from diffusers_far.kv_cache import FARCache, Slot
 from diffusers_far.transformer_far import FARTransformer3DModel
 from training.data.latents import ClipBatch, ClipBatches
 from training.far_arguments import ModelArguments, parse_arguments
@@ -91,7 +91,7 @@ class FlowMapTrainer(Trainer):
             cache=cache,
             num_long_frames=before.shape[1],
         )
-        cache.append(range(before.shape[1]), range(before.shape[1], frames.shape[1]))
+        cache.commit([Slot(frame, frame < before.shape[1], frame) for frame in range(frames.shape[1])])
         return cache
 
     def velocity(
@@ -109,7 +109,7 @@ class FlowMapTrainer(Trainer):
             end: by default `start`: the velocity of the instant.
         """
         window = frames.shape[1]
-        positions = torch.arange(context.next_frame - window, context.next_frame, device=frames.device)
+        positions = torch.arange(context.next_position - window, context.next_position, device=frames.device)
         actions = None if batch.actions is None else batch.actions[:, -window:]
         with self.processor.copies(window):
             return model(
