@@ -68,7 +68,7 @@ FRAMES_PER_SECOND = 15  # of the files only: played at this rate, motion looks n
 # About 43 dB, a key frame every 60 frames. No B-frames: with them, the encoder's output varies between runs.
 CODEC_OPTIONS = {"crf": "10", "tune": "psnr", "preset": "fast", "g": "60", "bf": "0"}
 
-LEAST_NODES = 3  # a smaller maze would be little more than its room, and the same for all
+LEAST_NODES = 3  # with 3 there are about 30 layouts, up to rotation and reflection; with fewer, next to none
 MOST_NODES = 20
 MAX_EPISODES = 100_000  # of a split: file names have five digits
 EPISODES_PER_GAME = 25  # maps loaded by one engine process, whose start takes about a second

@@ -31,7 +31,8 @@ CLIP_LENGTHS = (96, 256)  # of which the data card says how many contain a revis
 # The same view: so near that most of the picture is the same.
 SAME_DISTANCE, SAME_ANGLE = 48, 25  # map units, degrees
 # Still in view: so near that a part of the picture may be the same. Frames show 90 degrees.
-NEAR_DISTANCE, NEAR_ANGLE = 160, 60
+# The angle is 60 and a degree more, because turns of 15 degrees add up to 60 only nearly.
+NEAR_DISTANCE, NEAR_ANGLE = 160, 61
 
 # For the data card: how each walk goes.
 WALK_TEXTS = {
@@ -185,6 +186,7 @@ def data_card(output: Path, records: Records, settings: Settings, sample: bool =
         actions=", ".join(f"{index} {name}" for index, name in enumerate(ACTIONS)),
         frames=settings.frames,
         walk=WALK_TEXTS[settings.walk],
+        landmarks="12%" if settings.walk == "explore" else "24%",
         fields=SCRIPT_FIELDS if settings.walk == "scripted" else "",
         sizes=sizes_text(settings),
         split="validation" if not num_episodes["train"] else "train",
@@ -233,7 +235,7 @@ def revisited_frames(
     the `horizon` frames from e on that it predicts. Frame t is a revisit if
 
     - none of the frames of the window, e - window to e - 1, has the view of t in part: all are 160 map units
-      or 60 degrees away or more;
+      or more away, or more than 60 degrees;
     - a frame before e - window has the same view: less than 48 map units and less than 25 degrees away.
 
     A walker does not jump, so the view comes back over some frames; that is why t may lie behind e. Every e
@@ -304,7 +306,8 @@ def share_text(num_and_total: tuple[int, int]) -> str:
 def sizes_text(settings: Settings) -> str:
     """The sizes of the mazes in cells: '9 x 9 or 11 x 11'."""
     least, most = settings.maze_nodes
-    sizes = [f"{2 * n + 1} x {2 * n + 1}" for n in range(least, most + 1)]
+    few = " (only about 30 layouts)"
+    sizes = [f"{2 * n + 1} x {2 * n + 1}{few if n == 3 else ''}" for n in range(least, most + 1)]
     return " or ".join(filter(None, [", ".join(sizes[:-1]), sizes[-1]]))
 
 

@@ -192,11 +192,10 @@ class ScriptedWalk(RevisitWalk):
             yield LEFT
 
         self.start_frame, start_pose = self.frame, self.pose
-        turn = self.rng.choice([LEFT, RIGHT])
         if self.script in TURN_AWAY:
-            script = self._turn_away(turn, TURN_AWAY[self.script])
+            script = self._turn_away(self.rng.choice([LEFT, RIGHT]), TURN_AWAY[self.script])
         else:
-            script = self._there_and_back(turn)
+            script = self._there_and_back()
         was_hidden = False
         for action in script:
             yield action
@@ -235,7 +234,7 @@ class ScriptedWalk(RevisitWalk):
             yield (NOOP, turn, OPPOSITE[turn])[step]
         yield from self._turn(HIDDEN, OPPOSITE[turn])
 
-    def _there_and_back(self, turn: int) -> Iterator[int]:
+    def _there_and_back(self) -> Iterator[int]:
         (x, y, angle), cell = self.pose, self.cell
         path = self._path_ahead()
         yield from self._follow(path)
@@ -243,10 +242,10 @@ class ScriptedWalk(RevisitWalk):
         while self.cell != cell:  # it got stuck, which is rare
             yield from self._follow(shortest_path(self.maze, self.cell, cell))
         yield from self._approach(x, y)
-        num_turns = round((angle - self.pose[2]) / DEGREES_PER_FRAME) % (2 * HALF_CIRCLE)
-        if turn == LEFT:
-            num_turns = 2 * HALF_CIRCLE - num_turns
-        yield from self._turn(num_turns % (2 * HALF_CIRCLE), OPPOSITE[turn])
+        # The long way around, so that the view is out of sight just before it is regained.
+        left_turns = round(angle_between(self.pose, (x, y, angle)) / DEGREES_PER_FRAME)
+        action = RIGHT if left_turns > 0 else LEFT
+        yield from self._turn(2 * HALF_CIRCLE - abs(left_turns), action)
 
     def _path_ahead(self) -> list[Cell]:
         """From here through the cell straight ahead to one 4 steps away, or as far as there is one; or []."""

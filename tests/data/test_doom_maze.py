@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from doom_maze_files import (  # noqa: E402
     settings_path,
     write_metadata,
 )
-from doom_maze_map import build_maze, split_of_grid  # noqa: E402
+from doom_maze_map import BLURRED, MEMORABLE, ORIGINAL, build_maze, split_of_grid  # noqa: E402
 from doom_maze_walks import FRAMES_AFTER_RETURN, MIN_SCRIPTED_FRAMES, SCRIPTS, TURN_AWAY  # noqa: E402
 
 COUNTS = {"train": 4, "validation": 2}
@@ -148,7 +149,7 @@ def test_revisit_walk_comes_back(tmp_path: Path) -> None:
 
     text = (tmp_path / "revisit" / "README.md").read_text()
     assert "--walk revisit --maze-nodes 3 5" in text
-    assert "7 x 7, 9 x 9 or 11 x 11 cells" in text
+    assert "7 x 7 (only about 30 layouts), 9 x 9 or 11 x 11 cells" in text
 
 
 def test_scripted_walk_regains_its_view(tmp_path: Path) -> None:
@@ -191,21 +192,22 @@ def test_revisited_frames_by_hand() -> None:
     # Looks ahead at frames 0 to 9, turns away by 75 degrees, waits, and turns back.
     poses = turning(*[0] * 9, *[1] * 5, *[0] * 9, *[-1] * 5)
     ago = revisited_frames(poses)
-    # Angles from 15 degrees on were seen at frame 11 (30), 10 (15) and before, and are 60 degrees from 75.
+    # An angle of 15 degrees is within 60 of 75, and so only the last view, at 0, was out of view. The latest
+    # frame that showed it before was frame 10, at 15 degrees.
     expected = np.zeros(len(poses), int)
-    expected[27], expected[28] = 27 - 11, 28 - 10
+    expected[28] = 28 - 10
     np.testing.assert_array_equal(ago, expected)
 
     # With a wait of only 2 frames, the window of 8 still has the way there; a window of 3 has not.
     short = turning(*[0] * 9, *[1] * 5, *[0] * 2, *[-1] * 5)
     assert not revisited_frames(short).any()
-    assert np.flatnonzero(revisited_frames(short, window=3)).tolist() == [20, 21]
-    # The view is back in the fourth frame after a window without it: with a horizon of 3 that is too late.
-    assert np.flatnonzero(revisited_frames(poses, horizon=4)).tolist() == [27, 28]
-    assert not revisited_frames(poses, horizon=3).any()
-    # At frame 24 the angle is 60: near to 15, but not to 0. The window before frame 20 is still turning away.
-    assert np.flatnonzero(revisited_frames(poses, start=24)).tolist() == [27, 28]
-    assert np.flatnonzero(revisited_frames(poses, start=25)).tolist() == [28]
+    assert np.flatnonzero(revisited_frames(short, window=3)).tolist() == [21]
+    # The view is back in the fifth frame after a window without it: with a horizon of 4 that is too late.
+    assert np.flatnonzero(revisited_frames(poses, horizon=5)).tolist() == [28]
+    assert not revisited_frames(poses, horizon=4).any()
+    # Before frame 25 the angle is 60, and in the 8 frames before frame 20 it is still turning away.
+    assert np.flatnonzero(revisited_frames(poses, start=24)).tolist() == [28]
+    assert not revisited_frames(poses, start=25).any()
     assert not revisited_frames(poses, start=20).any()
     # Only what is in the clip counts.
     assert not revisited_frames(poses[12:]).any()
@@ -252,6 +254,27 @@ def test_splits_share_no_maze() -> None:
     assert not set(grids["train"]) & set(grids["validation"])
     with pytest.raises(RuntimeError, match="1 mazes are in both splits"):
         check_disjoint({split: [{"maze": ["###", "#.#", "###"]}] for split in COUNTS})
+
+
+def test_memorable_mazes_have_clear_textures_and_more_landmarks() -> None:
+    shares = []
+    for style in (ORIGINAL, MEMORABLE):
+        texts = [build_maze("train", random.Random(i), 4, (3, 5), style).map_text for i in range(40)]
+        textures = [name for text in texts for name in re.findall('texturemiddle="(.*?)"', text)]
+        assert set(textures) == {*style.walls, *style.landmarks}
+        assert bool(set(BLURRED) & set(textures)) == (style is ORIGINAL)
+        shares.append(sum(name in style.landmarks for name in textures) / len(textures))
+    assert shares == pytest.approx([0.12, 0.24], rel=0.15)
+
+
+@pytest.mark.parametrize("split", COUNTS)
+@pytest.mark.parametrize("nodes", [3, 4, 7])
+def test_maze_size(nodes: int, split: str) -> None:
+    grids = {build_maze(split, random.Random(i), 4, (nodes, nodes)).grid for i in range(20)}
+    assert {len(row) for grid in grids for row in (grid, *grid)} == {2 * nodes + 1}
+    assert len(grids) > 5  # with 3 nodes, few layouts are of the validation split
+    sizes = {len(build_maze(split, random.Random(i), 4, (nodes, nodes + 1)).grid) for i in range(20)}
+    assert sizes == {2 * nodes + 1, 2 * nodes + 3}
 
 
 def test_load_dataset(recording: Path, tmp_path: Path) -> None:
