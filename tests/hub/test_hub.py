@@ -1,6 +1,7 @@
 """Publishing to a Hub and loading from it, each in a process of its own against a server on loopback."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -81,12 +82,23 @@ def test_push_and_load(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
     assert other.returncode != 0
 
 
+@pytest.mark.parametrize("library", ["diffusers_far", "diffusers_far.transformer_far"])
 def test_diffusers_own_class_loads_it_once_we_are_imported(
-    hub: HubDouble, folder: Path, tmp_path: Path
+    hub: HubDouble, folder: Path, tmp_path: Path, library: str
 ) -> None:
     push(hub, tmp_path, folder)
-    code = "import diffusers; FARVideoPipeline; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
-    done = python(hub, tmp_path / "reader", code + "print('loaded', type(p).__name__)")
+    files = hub.repositories["me/far"].branches["main"]
+    index = json.loads(files["model_index.json"])
+    index["transformer"][0] = library  # the second one is in older checkpoints
+    files["model_index.json"] = json.dumps(index).encode()
+    code = "import diffusers, diffusers_far; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('loaded', type(p).__name__)"],
+        env=environment(hub, tmp_path / "reader"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert "loaded FARVideoPipeline" in done.stdout, done.stderr
 
 
