@@ -3,22 +3,20 @@
     python pipelines/build.py --checkpoint checkpoints/far-doom-maze-64    # to outputs/, which git ignores
 
 diffusers takes code from single files: `pipeline.py` beside model_index.json and `transformer_far.py` beside
-the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order, without
-the loading of published files and model cards. Upload such a folder to a branch of its own (`remote-code`):
-where code lies beside weights, diffusers wants trust even if the package is installed.
+the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order; published
+files and model cards are not among them. Upload such a folder to a branch of its own (`remote-code`): where
+code lies beside weights, diffusers wants trust even if the package is installed.
 """
 
 import argparse
 import ast
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "diffusers_far"
-LEFT_OUT = {"hub": "FARPushToHubMixin", "single_file": "FARSingleFileMixin"}
 NOTE = "Made from the package diffusers-far by its pipelines/build.py; change it there."
 
 
@@ -34,7 +32,7 @@ def modules_in_order(name: str) -> list[str]:
     order: list[str] = []
 
     def visit(module: str) -> None:
-        if module in order or module in LEFT_OUT:
+        if module in order:
             return
         for needed in imported_modules(ast.parse((SOURCE / f"{module}.py").read_text())):
             visit(needed)
@@ -69,8 +67,6 @@ def flatten(name: str) -> str:
         title = ast.get_docstring(tree).splitlines()[0]
         bodies.append(f"# {module}.py: {title}\n\n" + "\n".join(lines).strip())
     code = "\n\n\n".join(bodies)
-    for base in LEFT_OUT.values():
-        code = re.sub(rf"\b{base},\s*", "", code)
     head = [
         *sorted(plain),
         *(f"from {key} import {', '.join(sorted(imports[key]))}" for key in sorted(imports)),

@@ -40,9 +40,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_import_saves_the_same_files(route: str, saved: Path, tmp_path: Path, repository: Path) -> None:
-    save = f"from tests.tiny_models import pipeline; pipeline().save_pretrained({str(tmp_path)!r})"
-    run_python(f"{ROUTES[route]}\n{save}", repository)
+def test_every_import_does_the_same(route: str, saved: Path, tmp_path: Path, repository: Path) -> None:
+    save = (
+        f"from tests.tiny_models import pipeline; pipe = pipeline(); pipe.save_pretrained({str(tmp_path)!r})"
+    )
+    methods = "pipe._upload_folder, pipe.transformer._upload_folder, pipe.transformer.from_single_file"
+    printed = run_python(f"{ROUTES[route]}\n{save}\nprint(*(m.__module__ for m in ({methods})))", repository)
+    assert printed.split()[-3:] == ["diffusers_far.hub", "diffusers_far.hub", "diffusers_far.single_file"]
     assert contents(tmp_path) == contents(saved)
     assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "diffusers_far"
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from .context_schedule import ContextSchedule
-from .hub import FARPushToHubMixin
 from .pipeline_inputs import (
     Labels,
     check_action_names,
@@ -53,7 +52,7 @@ class _Interrupted(Exception):
     """Leaves the denoising loop of an interrupted call."""
 
 
-class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
+class FARVideoPipeline(DiffusionPipeline):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
 
     Args:

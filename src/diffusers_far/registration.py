@@ -1,4 +1,7 @@
-"""What an import of this package tells diffusers, whichever of its modules comes first.
+"""What an import of this package does, whichever of its modules comes first.
+
+It tells diffusers of the package, and gives the model and the pipeline the methods for published files and
+model cards, which their own modules know nothing of.
 
 A model_index.json names the library of each component. From the Hub, diffusers takes only the libraries in
 a table of its own; others need `trust_remote_code=True`. Importing diffusers takes seconds, so nothing here
@@ -32,3 +35,20 @@ def register(loading: ModuleType) -> None:
     if table is not None:
         table["FARVideoPipeline"] = PACKAGE
         sys.modules[f"diffusers.{PACKAGE}"] = sys.modules[PACKAGE]
+
+
+@when_imported(f"{PACKAGE}.transformer_far")
+def add_to_model(module: ModuleType) -> None:
+    """Give the model `from_single_file` for the published files, and `push_to_hub` a filled model card."""
+    from . import hub, single_file
+
+    module.FARTransformer3DModel.from_single_file = classmethod(single_file.from_single_file)
+    module.FARTransformer3DModel._upload_folder = hub.upload_folder
+
+
+@when_imported(f"{PACKAGE}.pipeline_far_video")
+def add_to_pipeline(module: ModuleType) -> None:
+    """Give the pipeline's `push_to_hub` a filled model card."""
+    from . import hub
+
+    module.FARVideoPipeline._upload_folder = hub.upload_folder

@@ -124,16 +124,31 @@ def test_variants_and_shards(hub: HubDouble, folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("part", ["pipe", "pipe.transformer"])
 def test_push_to_hub_writes_our_card(hub: HubDouble, folder: Path, tmp_path: Path, part: str) -> None:
-    code = f"pipe = FARVideoPipeline.from_pretrained({str(folder)!r}); {part}.push_to_hub('me/far')"
+    push_to_hub = f"{part}.push_to_hub('me/far', 'My message')"
+    code = f"pipe = FARVideoPipeline.from_pretrained({str(folder)!r}); {push_to_hub}"
     done = python(hub, tmp_path, code, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     files = hub.repositories["me/far"].branches["main"]
     name = "FARVideoPipeline" if part == "pipe" else "FARTransformer3DModel"
     assert f'{name}.from_pretrained("me/far")' in files["README.md"].decode()
+    assert hub.messages == ["My message"]  # one commit, with the card
     done = python(
         hub, tmp_path / "reader", f"print('loaded', type({name}.from_pretrained('me/far')).__name__)"
     )
     assert f"loaded {name}" in done.stdout, done.stderr
+
+
+def test_a_card_on_the_hub_is_kept(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    own = b"---\nlibrary_name: diffusers\n---\n# My own words\n"
+    hub.repositories["me/far"] = Repository(branches={"main": {"README.md": own}})
+    push(hub, tmp_path, folder)
+    files = hub.repositories["me/far"].branches["main"]
+    assert files["README.md"] == own and "model_index.json" in files
+    code = f"FARVideoPipeline.from_pretrained({str(folder)!r}).push_to_hub('me/far')"
+    done = python(hub, tmp_path, code, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "# My own words" in files["README.md"].decode()
+    assert "FAR Long" not in files["README.md"].decode()
 
 
 def test_pushing_without_a_token(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
