@@ -125,17 +125,22 @@ def prepare_folder(output: Path, settings: Settings) -> None:
 def write_metadata(output: Path) -> None:
     """Write the metadata of every split and the data card, from the records of the finished episodes."""
     episodes = {split: sorted(int(path.stem) for path in (output / split).glob("*.mp4")) for split in SPLITS}
-    lines = {
-        split: [record_path(output, split, episode).read_text() for episode in episodes[split]]
+    records = {
+        split: [json.loads(record_path(output, split, episode).read_text()) for episode in episodes[split]]
         for split in SPLITS
     }
-    records = {split: [json.loads(line) for line in lines[split]] for split in SPLITS}
     check_disjoint(records)
     for split in SPLITS:
-        if lines[split]:
-            write_text(output / split / "metadata.jsonl", "\n".join(lines[split]) + "\n")
+        if records[split]:
+            write_text(output / split / "metadata.jsonl", metadata_lines(records[split]))
     settings = read_settings(output)
     write_text(output / "README.md", data_card(output, records, settings))
+
+
+def metadata_lines(records: list[dict[str, Any]]) -> str:
+    """The metadata of a split: its records, and when the view of each frame was seen before."""
+    lines = [record | {"revisits": revisited_frames(record["poses"]).tolist()} for record in records]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def check_disjoint(records: Records) -> None:
@@ -161,9 +166,9 @@ def copy_sample(recording: Path, output: Path, episodes: list[int]) -> None:
     for video in videos:
         shutil.copy(video, output / "validation" / video.name)
     lines = [record_path(recording, "validation", episode).read_text() for episode in episodes]
-    write_text(output / "validation" / "metadata.jsonl", "\n".join(lines) + "\n")
     settings = read_settings(recording)
     records: Records = {"train": [], "validation": [json.loads(line) for line in lines]}
+    write_text(output / "validation" / "metadata.jsonl", metadata_lines(records["validation"]))
     write_text(output / "README.md", data_card(output, records, settings, sample=True))
 
 

@@ -16,13 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from .context_schedule import ContextSchedule
-from .flow_matching import check_scheduler
-from .hub import FARPushToHubMixin
 from .pipeline_inputs import (
     Labels,
     check_action_names,
     check_integer,
-    check_number,
     check_size,
     check_tensor,
     empty_videos,
@@ -30,7 +27,7 @@ from .pipeline_inputs import (
     num_videos,
     video_tensor,
 )
-from .rollout import Rollout
+from .rollout import Rollout, check_settings
 from .transformer_far import FARTransformer3DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -57,7 +54,7 @@ class _Interrupted(Exception):
 _BEGIN_OF_CALLS = threading.Lock()
 
 
-class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
+class FARVideoPipeline(DiffusionPipeline):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
 
     Args:
@@ -434,28 +431,11 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
     def check_inputs(
         self,
         output_type: str,
-        guidance_scale: float,
-        num_inference_steps: int,
-        flex_rope_slope: float,
-        rope_interpolation: float,
-        context_schedule: ContextSchedule | None,
         generator: Generators | None,
+        **settings: Any,
     ) -> None:
         """Raise a ValueError for settings that no rollout can use."""
-        config = self.transformer.config
-        check_scheduler(self.scheduler, config.use_meanflow)
-        check_number("guidance_scale", guidance_scale, "0 (null condition only), 1 (none), or more than 0")
-        check_number("flex_rope_slope", flex_rope_slope, "0 (plain RoPE) or a positive decay per frame")
-        check_number("rope_interpolation", rope_interpolation, "a positive ratio; 1 changes nothing")
-        check_integer("num_inference_steps", num_inference_steps, minimum=1)
-        if rope_interpolation == 0:
-            raise ValueError("rope_interpolation=0 must be a positive ratio; 1 changes nothing")
-        if guidance_scale != 1 and not (config.num_classes or config.num_actions):
-            raise ValueError(
-                f"guidance_scale={guidance_scale}: this model has no classes or actions to guide; pass 1"
-            )
-        if context_schedule is not None and not isinstance(context_schedule, ContextSchedule):
-            raise ValueError(f"context_schedule={context_schedule!r} must be a ContextSchedule or None")
+        check_settings(self.transformer, self.scheduler, **settings)
         generators = generator if isinstance(generator, list) else [generator]
         if not all(isinstance(item, torch.Generator | None) for item in generators):
             raise ValueError(f"generator={generator!r} must be a torch.Generator, a list of them, or None")

@@ -11,15 +11,49 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .context_schedule import ContextFrames, ContextSchedule
-from .flow_matching import CLEAN_TIMESTEP, set_timesteps
+from .flow_matching import CLEAN_TIMESTEP, check_scheduler, set_timesteps
 from .kv_cache import Slot
-from .pipeline_inputs import label_tensor
+from .pipeline_inputs import check_integer, check_number, label_tensor
 from .transformer_far import FARTransformer3DModel
 
 DenoisingCallback = Callable[[int, Tensor, Tensor], Tensor]
 
+SETTINGS = (
+    "guidance_scale",
+    "num_inference_steps",
+    "flex_rope_slope",
+    "rope_interpolation",
+    "context_schedule",
+)
+
 # Context is encoded in pieces, so that the causal mask of a long context stays small.
 _LONG_CHUNK, _SHORT_CHUNK = 64, 32
+
+
+def check_settings(
+    transformer: FARTransformer3DModel,
+    scheduler: SchedulerMixin,
+    guidance_scale: float,
+    num_inference_steps: int,
+    flex_rope_slope: float,
+    rope_interpolation: float,
+    context_schedule: ContextSchedule | None,
+) -> None:
+    """Raise a ValueError for settings that no rollout of this model can use."""
+    config = transformer.config
+    check_scheduler(scheduler, config.use_meanflow)
+    check_number("guidance_scale", guidance_scale, "0 (null condition only), 1 (none), or more than 0")
+    check_number("flex_rope_slope", flex_rope_slope, "0 (plain RoPE) or a positive decay per frame")
+    check_number("rope_interpolation", rope_interpolation, "a positive ratio; 1 changes nothing")
+    check_integer("num_inference_steps", num_inference_steps, minimum=1)
+    if rope_interpolation == 0:
+        raise ValueError("rope_interpolation=0 must be a positive ratio; 1 changes nothing")
+    if guidance_scale != 1 and not (config.num_classes or config.num_actions):
+        raise ValueError(
+            f"guidance_scale={guidance_scale}: this model has no classes or actions to guide; pass 1"
+        )
+    if context_schedule is not None and not isinstance(context_schedule, ContextSchedule):
+        raise ValueError(f"context_schedule={context_schedule!r} must be a ContextSchedule or None")
 
 
 class Rollout:
@@ -71,36 +105,40 @@ class Rollout:
         generator: torch.Generator | list[torch.Generator] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        self.guidance_scale: float
+        self.num_inference_steps: int
+        self.flex_rope_slope: float
+        self.rope_interpolation: float
+        self.context_schedule: ContextSchedule
         self.transformer = transformer
         self.scheduler = copy.deepcopy(scheduler)
         self.encode = encode
         self.decode = decode
         self.class_labels = class_labels
-        self.guidance_scale = guidance_scale
-        self.num_inference_steps = num_inference_steps
-        self.flex_rope_slope = flex_rope_slope
-        self.rope_interpolation = rope_interpolation
-        schedule = context_schedule or ContextSchedule()
-        self.context_schedule = schedule.for_model(transformer.short_window, num_training_frames)
+        self.num_training_frames = num_training_frames
+        self.use_cache = use_cache
         self.max_rewind_frames = max_rewind_frames
         self.generator = generator
         self.device = device or transformer.device
         self._start = (context_latents, context_actions)
         self.batch_size, _, *self._latent_shape = context_latents.shape
-        # Both halves stay in the cache, so guidance that the rollout began with may change later.
-        self.do_classifier_free_guidance = guidance_scale not in (0, 1)
-        self.num_sequences = self.batch_size * (2 if self.do_classifier_free_guidance else 1)
-        self.cache = None
-        if use_cache:
-            height, width = context_latents.shape[-2:]
-            self.cache = transformer.create_cache(self.num_sequences, height, width, self.device)
-        self.num_timesteps = len(self._set_timesteps())  # of a frame; some solvers take more than its steps
+        self.change(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            flex_rope_slope=flex_rope_slope,
+            rope_interpolation=rope_interpolation,
+            context_schedule=context_schedule,
+        )
         self.reset()
 
     @property
     def context(self) -> ContextFrames:
-        """The frames that the next frame will see."""
-        return self.context_schedule.context(self.num_frames, self.transformer.short_window)
+        """The frames that the next frame will see: those of the schedule whose latents are kept."""
+        context = self.context_schedule.context(self.num_frames, self.transformer.short_window)
+        frames = (*context.long, *context.short)
+        places = {frame: place for frame, place in zip(frames, context.positions, strict=True)}
+        long, short = (tuple(frame for frame in level if frame in self._latents) for level in context[:2])
+        return ContextFrames(long, short, tuple(places[frame] for frame in (*long, *short)))
 
     @property
     def context_latents(self) -> Tensor:
@@ -123,8 +161,35 @@ class Rollout:
         self._actions: dict[int, Tensor | None] = {}
         self.num_frames = 0
         self._oldest = 0  # number of frames to which `rewind` can go back
-        self._window_age = 0  # frames that left the window of a Long model since it was computed
+        self._window_age = 0
         self._append(*self._start)
+
+    def change(self, **settings: Any) -> None:
+        """Go on with other settings; the context is computed anew for them.
+
+        Args:
+            settings: any of `guidance_scale`, `num_inference_steps`, `flex_rope_slope`, `rope_interpolation` and
+                `context_schedule`, as when the rollout was made. A schedule that keeps more than the one
+                before brings back what is kept for rewinding, not what is gone.
+
+        Raises:
+            ValueError: for a setting that the model cannot use; nothing has changed then.
+        """
+        new = {name: getattr(self, name, None) for name in SETTINGS} | settings
+        check_settings(self.transformer, self.scheduler, **new)
+        for name, value in new.items():
+            setattr(self, name, value)
+        schedule = self.context_schedule or ContextSchedule()
+        self.context_schedule = schedule.for_model(self.transformer.short_window, self.num_training_frames)
+        # Both halves stay in the cache, so guidance that the rollout began with may change on the way.
+        self.do_classifier_free_guidance = self.guidance_scale not in (0, 1)
+        self.num_sequences = self.batch_size * (2 if self.do_classifier_free_guidance else 1)
+        self.cache = None
+        if self.use_cache:
+            height, width = self._latent_shape[-2:]
+            self.cache = self.transformer.create_cache(self.num_sequences, height, width, self.device)
+        self._window_age = 0  # frames that left the window of a Long model since it was computed
+        self.num_timesteps = len(self._set_timesteps())  # of a frame; some solvers take more than its steps
 
     @torch.no_grad()
     def step(self, action: int | Sequence[int] | Tensor | None = None) -> Any:

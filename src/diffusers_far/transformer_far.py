@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -25,10 +25,8 @@ from .frame_layout import (
     split_frames,
     unpatchify,
 )
-from .hub import FARPushToHubMixin
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
-from .single_file import FARSingleFileMixin
 
 
 @dataclass
@@ -106,7 +104,7 @@ class FARTransformerBlock(nn.Module):
 
 
 class FARTransformer3DModel(
-    FARPushToHubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingleFileMixin, AttentionMixin
+    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, AttentionMixin
 ):
     """Frame-autoregressive video transformer, base and Long (arXiv 2503.19325).
 
