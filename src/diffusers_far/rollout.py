@@ -168,14 +168,14 @@ class Rollout:
         """Go on with other settings; the context is computed anew for them.
 
         Args:
-            settings: any of `guidance_scale`, `num_inference_steps`, `flex_rope_slope`, `rope_interpolation` and
-                `context_schedule`, as when the rollout was made. A schedule that keeps more than the one
+            settings: any of `guidance_scale`, `num_inference_steps`, `flex_rope_slope`, `rope_interpolation`
+                and `context_schedule`, as when the rollout was made. A schedule that keeps more than the one
                 before brings back what is kept for rewinding, not what is gone.
 
         Raises:
             ValueError: for a setting that the model cannot use; nothing has changed then.
         """
-        new = {name: getattr(self, name, None) for name in SETTINGS} | settings
+        new: dict[str, Any] = {name: getattr(self, name, None) for name in SETTINGS} | settings
         check_settings(self.transformer, self.scheduler, **new)
         for name, value in new.items():
             setattr(self, name, value)
