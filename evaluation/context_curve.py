@@ -533,28 +533,32 @@ def main() -> None:
         "steps": pipeline.config.num_inference_steps,
     }
     parts = set(options.parts)
+    episodes: list[Episode] = []
     if parts & {"curve", "rollout", "loss"}:
         limit = options.clips if parts & {"curve", "loss"} else options.rollouts
         episodes = load_episodes(pipeline, options.data, TARGETS * options.batch_size, limit)
-        if "curve" in parts:
-            lacking = [e.metadata["file_name"] for e in episodes if "poses" not in e.metadata]
-            if lacking:
-                raise ValueError(f"data={str(options.data)!r}: {lacking[0]} has no poses in its metadata")
-            results["curve"] = measure_curve(pipeline, episodes, measure, options)
-        if "rollout" in parts:
-            results["rollout"] = measure_rollout(pipeline, episodes[: options.rollouts], options)
-        if "loss" in parts:
-            results["loss"] = measure_loss(pipeline, episodes, options)
-    if "scripted" in parts:
-        walks = load_episodes(pipeline, options.scripted, TARGETS * options.batch_size)
-        results["scripted"] = measure_scripted(pipeline, walks, measure, options)
-    results["seconds"] = round(time.perf_counter() - began, 1)
+        lacking = [episode.metadata["file_name"] for episode in episodes if "poses" not in episode.metadata]
+        if lacking and "curve" in parts:
+            raise ValueError(f"data={str(options.data)!r}: {lacking[0]} has no poses in its metadata")
+    for part in (part for part in PARTS if part in parts):
+        if part == "curve":
+            results[part] = measure_curve(pipeline, episodes, measure, options)
+        elif part == "scripted":
+            walks = load_episodes(pipeline, options.scripted, TARGETS * options.batch_size)
+            results[part] = measure_scripted(pipeline, walks, measure, options)
+        elif part == "rollout":
+            results[part] = measure_rollout(pipeline, episodes[: options.rollouts], options)
+        else:
+            results[part] = measure_loss(pipeline, episodes, options)
+        results["seconds"] = round(time.perf_counter() - began, 1)
+        results["processor_seconds"] = round(time.process_time(), 1)  # holds on a busy machine, too
+        if options.output is not None:  # after every part: the next one takes minutes
+            partial = options.output.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=2) + "\n")
+            os.replace(partial, options.output)
     print(tables(results))
-    print(f"\n{results['cpu']}, {results['threads']} threads, {results['seconds']:.0f} s")
-    if options.output is not None:
-        partial = options.output.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(partial, options.output)
+    spent = f"{results['seconds']:.0f} s, {results['processor_seconds']:.0f} s of processors"
+    print(f"\n{results['cpu']}, {results['threads']} threads: {spent}")
     if options.plot is not None:
         draw(results, options.plot)
 

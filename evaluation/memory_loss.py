@@ -1,8 +1,8 @@
 """Which long-term frames a model uses: the loss of a noisy window after right and wrong ones.
 
-The velocity loss of a window whose frames are all noisy at level 0.8, so that little but the long-term frames
-before it can tell what it shows. One forward each takes seconds where predictions take minutes: fit for the log
-of a training run. Of a model that remembers, `right` is the least, and `shuffled` less than `other`.
+The velocity loss of a window whose frames are all noisy at level 0.8, so that little but the long-term
+frames before it can tell what it shows. One forward each takes seconds where predictions take minutes: fit
+for the log of a training run. Of a model that remembers, `right` is the least, `shuffled` less than `other`.
 """
 
 import torch
