@@ -10,7 +10,7 @@ metadata.jsonl, as data/doom_maze.py records it. Seeds are fixed. Four parts:
   contexts also: `shuffled` permutes the long-term frames in time, `other` takes those of another episode
   (frames and actions; those that are long-term when the prediction starts). PSNR and LPIPS (AlexNet) over
   all targets, and over revisits alone: targets whose view was last seen 9 to 250 frames before, in an
-  observed frame, and not in the window.
+  observed frame, and not in the last 8 observed ones.
 - `scripted`: with `--scripted`, a recording of walks that look away and come back (`script` and
   `return_frame` in its metadata): the 16 frames from `return_frame` on after all frames before it.
 - `rollout`: long rollouts with the default context, actions of the episodes repeated in a cycle. In blocks of
@@ -104,33 +104,52 @@ def view_distance(poses: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.n
     return np.hypot(poses[:, 0] - pose[0], poses[:, 1] - pose[1]), np.abs(turned)
 
 
+def last_seen(observed: np.ndarray, pose: np.ndarray, window: int = 8) -> int:
+    """How many frames after it was last seen the view of a pose would return, right after observed frames.
+
+    A view was seen in a frame less than 48 map units and 25 degrees away. Where one of the last `window`
+    frames shows a part of it (less than 160 units and 60 degrees away), it has not left the window.
+
+    Args:
+        observed: `[N, 3]` poses: x, y in map units and angle in degrees.
+        pose: `[3]`.
+        window: frames that do not count as memory.
+
+    Returns:
+        More than `window`, or 0 where the view was never seen or is in the window.
+    """
+    distance, angle = view_distance(observed, pose)
+    shown = (distance < IN_WINDOW[0]) & (angle < IN_WINDOW[1])
+    seen = np.flatnonzero((distance < NEAR[0]) & (angle < NEAR[1]))
+    return 0 if not len(seen) or shown[-window:].any() else len(observed) - int(seen[-1])
+
+
 def revisited_frames(poses: np.ndarray, window: int = 8) -> np.ndarray:
     """For each frame, how many frames before its view was last seen outside the window.
 
-    A view was seen in a frame less than 48 map units and 25 degrees away. Where one of the `window` frames
-    before shows a part of it (less than 160 units and 60 degrees away), it has not left the window.
+    A walker's frame always resembles the one before it. So the window is that of the last prediction with
+    this frame among its 16 targets that starts after `window` frames which show nothing of the view.
 
     Args:
         poses: `[T, 3]` of x, y in map units and angle in degrees.
-        window: frames before a frame that do not count as memory.
+        window: frames that do not count as memory.
 
     Returns:
-        `[T]` integers above `window`, or 0 where the view was never seen before or is in the window.
+        `[T]` integers above `window`, or 0 for frames that no such prediction has to remember.
     """
     gaps = np.zeros(len(poses), dtype=int)
     for t in range(window + 1, len(poses)):
-        distance, angle = view_distance(poses[:t], poses[t])
-        shown = (distance < IN_WINDOW[0]) & (angle < IN_WINDOW[1])
-        seen = np.flatnonzero((distance < NEAR[0]) & (angle < NEAR[1]))
-        if len(seen) and not shown[t - window :].any():
-            gaps[t] = t - seen[-1]
+        for start in range(t, max(window, t - TARGETS), -1):
+            if gap := last_seen(poses[:start], poses[t], window):
+                gaps[t] = gap + t - start
+                break
     return gaps
 
 
 def observed_revisits(poses: np.ndarray, start: int, window: int) -> np.ndarray:
     """`[16]` bool: the target frames from `start` on whose view must be remembered from observed frames."""
-    gaps = revisited_frames(poses[: start + TARGETS], window)[start:]
-    return (gaps > np.arange(len(gaps))) & (gaps <= LONGEST_GAP)
+    gaps = [last_seen(poses[:start], pose, window) for pose in poses[start : start + TARGETS]]
+    return np.array([gap > 0 and gap + ahead <= LONGEST_GAP for ahead, gap in enumerate(gaps)])
 
 
 class Measure:

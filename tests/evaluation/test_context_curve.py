@@ -12,7 +12,14 @@ import torch
 from diffusers_far import ContextSchedule
 from diffusers_far.flow_matching import CLEAN_TIMESTEP
 from evaluation import context_curve
-from evaluation.context_curve import TARGETS, appearance, observed_revisits, revisited_frames, wall_colours
+from evaluation.context_curve import (
+    TARGETS,
+    appearance,
+    last_seen,
+    observed_revisits,
+    revisited_frames,
+    wall_colours,
+)
 from evaluation.memory_loss import SIGMA, change_long_frames, memory_loss
 from evaluation.world_model import predict
 from tests.tiny_models import generator, latents, long_transformer, max_error, pipeline, transformer
@@ -21,9 +28,9 @@ ACTIONS = torch.arange(60).view(3, 20) % 4
 
 
 def turn_away(frames_away: int, angle: float = 90.0) -> np.ndarray:
-    """Poses that look ahead for 12 frames, aside for some, and ahead again for 16."""
-    poses = np.zeros((12 + frames_away + TARGETS, 3))
-    poses[12 : 12 + frames_away, 2] = angle
+    """Poses that look ahead for 12 frames, then aside for some."""
+    poses = np.zeros((12 + frames_away, 3))
+    poses[12:, 2] = angle
     return poses
 
 
@@ -31,46 +38,46 @@ def turn_away(frames_away: int, angle: float = 90.0) -> np.ndarray:
 # Revisits
 
 
-def test_a_view_that_left_the_window_is_a_revisit() -> None:
-    gaps = revisited_frames(turn_away(10))
-    assert gaps[22] == 11  # frame 11 was the last one that looked ahead
-    assert not gaps[:22].any()  # never left, or the first time
-    assert not gaps[23:].any()  # in the window again
+AHEAD = np.zeros(3)
 
 
-@pytest.mark.parametrize(("away", "gap"), [(7, 0), (8, 9), (9, 10)])
+@pytest.mark.parametrize(("away", "gap"), [(0, 0), (7, 0), (8, 9), (9, 10), (100, 101)])
 def test_the_window_is_eight_frames(away: int, gap: int) -> None:
-    assert revisited_frames(turn_away(away))[12 + away] == gap
+    assert last_seen(turn_away(away), AHEAD) == gap
+
+
+@pytest.mark.parametrize(("angle", "gap"), [(59, 0), (61, 11), (299, 11), (301, 0), (-61, 11)])
+def test_a_view_is_in_the_window_while_a_part_of_it_shows(angle: float, gap: int) -> None:
+    assert last_seen(turn_away(10, angle), AHEAD) == gap
 
 
 @pytest.mark.parametrize(
-    ("angle", "found"), [(59, False), (61, True), (299, True), (301, False), (-61, True)]
+    ("pose", "gap"),
+    [([47, 0, 0], 11), ([49, 0, 0], 0), ([0, 30, 24], 11), ([0, 0, 26], 0), ([0, 0, 336], 11)],
 )
-def test_a_view_is_in_the_window_while_a_part_of_it_shows(angle: float, found: bool) -> None:
-    assert bool(revisited_frames(turn_away(10, angle)).any()) == found
+def test_a_view_is_near_in_place_and_angle(pose: list[float], gap: int) -> None:
+    assert last_seen(turn_away(10, 180), np.array(pose)) == gap
 
 
-@pytest.mark.parametrize(
-    ("pose", "found"),
-    [([47, 0, 0], True), ([49, 0, 0], False), ([0, 30, 24], True), ([0, 0, 26], False), ([0, 0, 336], True)],
-)
-def test_a_view_is_near_in_place_and_angle(pose: list[float], found: bool) -> None:
-    poses = turn_away(10, 180)
-    poses[22:] = pose
-    assert (revisited_frames(poses)[22] == 11) == found
+def test_a_walker_that_turns_around_and_back_revisits() -> None:
+    """No jumps: 30 degrees a frame, so that every frame resembles the one before it."""
+    aside = [30.0 * step for step in (*range(7), *[6] * 9, *range(5, -1, -1), *[0] * 20)]
+    poses = np.zeros((12 + len(aside), 3))
+    poses[12:, 2] = aside
+    gaps = revisited_frames(poses)
+    assert not gaps[:28].any()  # away: never seen before, or just now
+    assert gaps[33] == 33 - 12  # ahead again; frame 12 was the last one that looked there
+    assert not gaps[33 + TARGETS :].any()  # shown long since
+    mask = observed_revisits(poses, 28, 8)
+    assert mask[5] and not mask[0]
+    assert not observed_revisits(poses, 12, 8).any()  # nothing has left the window yet
 
 
-def test_revisits_must_have_been_observed() -> None:
-    """Seen in a frame that is itself predicted, or too long ago, is nothing to measure memory by."""
-    poses = turn_away(10)
-    assert observed_revisits(poses, 22, 8).tolist() == [True] + [False] * 15
-    away = np.zeros((40, 3))
-    away[:20, 2] = 180  # looks ahead first in frame 20, which is predicted
-    away[22:32, 2] = 180
-    assert revisited_frames(away)[32] == 11
-    assert not observed_revisits(away, 20, 8)[12]
-    assert observed_revisits(turn_away(249), 12 + 249, 8)[0]
-    assert not observed_revisits(turn_away(250), 12 + 250, 8)[0]
+def test_what_was_seen_too_long_ago_does_not_count() -> None:
+    back = np.zeros((TARGETS, 3))
+    for away, counts in ((248, [True, True]), (249, [True, False]), (250, [False, False])):
+        mask = observed_revisits(np.concatenate([turn_away(away), back]), 12 + away, 8)
+        assert mask[:2].tolist() == counts and not mask[2:].any()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -230,8 +237,8 @@ def test_a_whole_run(repository: Path, tmp_path: Path, checkpoint: Path, recordi
     found = json.loads((tmp_path / "a.json").read_text())
     assert {"command", "date", "torch", "cpu", "curve", "scripted", "rollout", "loss"} <= set(found)
     curve = found["curve"]
-    # A view is 14 frames away at the first target of each clip, and in the window of 4 at the others.
-    assert (curve["clips"], curve["target_frames"], curve["revisited_frames"]) == (2, 32, 2)
+    # All 16 targets of both clips look ahead again, after 14 frames that look back.
+    assert (curve["clips"], curve["target_frames"], curve["revisited_frames"]) == (2, 32, 32)
     rows = {(row["mode"], row["observed"]): row for row in curve["rows"]}
     assert set(rows) == {
         ("reconstruction", None),
@@ -250,7 +257,7 @@ def test_a_whole_run(repository: Path, tmp_path: Path, checkpoint: Path, recordi
     assert [(row["first"], row["last"]) for row in found["rollout"]["rows"]] == [(1, 30)]
     assert found["loss"]["rows"][0]["right"] != found["loss"]["rows"][0]["other"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "| all | 24 |" in result.stdout and "2 of 32 target frames are revisits" in result.stdout
+    assert "| all | 24 |" in result.stdout and "32 of 32 target frames are revisits" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png", "ema"]
 
     options = ["--parts", "loss", *sizes, "--output", tmp_path / "b.json", "--transformer", weights]
