@@ -35,9 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far.flow_matching import frame_loss, velocity_target
 from diffusers_far.transformer_far import FARTransformer3DModel
+from evaluation.memory_loss import memory_loss
 from training.data.latents import ClipBatch, ClipBatches, LatentVideos
 from training.far_arguments import ModelArguments, TrainingArguments, parse_arguments
 from training.matmul_attn_processor import MatmulAttnProcessor
+
+MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
 
 
 class RunClock:
@@ -282,7 +285,24 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Mean losses of the averaged weights on the held-out clips."""
         with self.averaged_weights():
-            return {name: self._mean_loss(batches) for name, batches in self.validation_sets.items()}
+            losses = {name: self._mean_loss(batches) for name, batches in self.validation_sets.items()}
+            return losses | self._memory_losses()
+
+    def _memory_losses(self) -> dict[str, float]:
+        """Of a Long model: the loss of noisy windows after right and wrong long-term frames (held out)."""
+        videos = next(iter(self.validation_sets.values())).videos
+        model = self.accelerator.unwrap_model(self.model)
+        num_frames = min(MEMORY_FRAMES, self.args.num_frames, *videos.num_frames)
+        if not model.is_long or num_frames <= model.short_window or len(videos) < 2:
+            return {}
+        chosen = range(min(MEMORY_VIDEOS, len(videos)))
+        latents = torch.stack([videos.clip(video, 0, num_frames) for video in chosen])
+        actions = None
+        if self.uses_actions:
+            actions = torch.stack([videos.actions(video, 0, num_frames) for video in chosen])
+        with self.accelerator.autocast():
+            losses = memory_loss(model, latents, actions, num_frames, torch.Generator().manual_seed(0))
+        return {f"memory_{name}": value for name, value in losses.items()}
 
     def _mean_loss(self, batches: ClipBatches) -> float:
         device, number = self.accelerator.device, self.args.validation_batches
