@@ -41,12 +41,12 @@ class FlowMapTrainer(Trainer):
     def create_model(self, model_args: ModelArguments, in_channels: int) -> FARTransformer3DModel:
         if not self.args.pretrained:
             raise ValueError("pretrained=None: it takes the folder of a trained model")
-        self.processor = MatmulAttnProcessor()
+        processor = MatmulAttnProcessor()
         self.teacher = FARTransformer3DModel.from_pretrained(self.args.pretrained)
         model = FARTransformer3DModel.from_config(self.teacher.config, use_meanflow=True)
         model.load_state_dict(self.teacher.state_dict(), strict=False)  # it may have no weights for intervals
         for network in (self.teacher.to(self.accelerator.device), model):
-            network.set_attn_processor(self.processor)
+            network.set_attn_processor(processor)
         return model
 
     def _validation_sets(self) -> dict[str, ClipBatches]:
@@ -111,16 +111,15 @@ class FlowMapTrainer(Trainer):
         window = frames.shape[1]
         positions = torch.arange(context.next_position - window, context.next_position, device=frames.device)
         actions = None if batch.actions is None else batch.actions[:, -window:]
-        with self.processor.copies(window):
-            return model(
-                frames,
-                start * 1000,
-                class_labels=batch.class_labels if self.uses_labels else None,
-                actions=actions if self.uses_actions else None,
-                cache=context,
-                frame_positions=positions,
-                timestep_r=None if end is None else end * 1000,
-            ).sample.float()
+        return model(  # the frames are in the cache, too: noisy copies
+            frames,
+            start * 1000,
+            class_labels=batch.class_labels if self.uses_labels else None,
+            actions=actions if self.uses_actions else None,
+            cache=context,
+            frame_positions=positions,
+            timestep_r=None if end is None else end * 1000,
+        ).sample.float()
 
 
 if __name__ == "__main__":
