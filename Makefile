@@ -23,7 +23,6 @@ test:
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(PYTHON) pipelines/build.py
 
 demo:
 	$(PYTHON) -m diffusers_far.demo

@@ -1,19 +1,7 @@
-"""The machine: what it is, and what it can do at best (the two numbers of a roofline)."""
-
-import platform
-from pathlib import Path
+"""What the machine can do at best: the two numbers of a roofline."""
 
 import torch
 from torch.utils.benchmark import Timer
-
-
-def describe(device: torch.device) -> str:
-    """The processor by name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def seconds(statement: str, **names: object) -> float:

@@ -23,6 +23,7 @@ class Ours:
         self._rollout = Rollout(
             self.transformer,
             FlowMatchEulerDiscreteScheduler(),
+            encode=lambda latents: latents,
             decode=lambda latents: latents,
             context_latents=context.to(device),
             context_actions=None if actions is None else actions[:, : context.shape[1]].to(device),

@@ -21,7 +21,11 @@ from typing import Any
 import diffusers
 import torch
 from cases import Case
-from machine import bandwidth_gb, describe, matmul_gflops
+from machine import bandwidth_gb, matmul_gflops
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
+
+from evaluation.machine import describe
 
 HERE = Path(__file__).resolve().parent
 FRAMES = [

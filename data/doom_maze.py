@@ -3,15 +3,16 @@
     python data/doom_maze.py doom-maze-64 --train 700 --validation 64 --frames 300 --seed 0 --workers 2
 
 An episode is a walk through a fresh maze, recorded with ViZDoom and the Freedoom textures that come with it.
-It depends on its number, its split and the settings (seed, frames, textures) and on nothing else. So a folder
-can be resumed after any interruption and extended with a larger `--train`, and the number of workers changes
-nothing but the time. The data card (README_doom_maze.md, filled in) documents the format. Needs `vizdoom`.
+It depends on its number, its split and the settings (all options but the counts) and on nothing else. So a
+folder can be resumed after any interruption and extended with a larger `--train`, and the number of workers
+changes nothing but the time. `--walk` picks the walker: `revisit` is for learning to remember, best in small
+mazes (`--maze-nodes 3 5`), and `scripted` for measuring it (see doom_maze_walks.py). The data card
+(README_doom_maze.md, filled in) documents the format. Needs `vizdoom`.
 
 With `--sample-of RECORDING --episodes 3 17`, these validation episodes of a recording are copied to OUTPUT.
 """
 
 import argparse
-import collections
 import json
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -29,9 +30,9 @@ import numpy as np
 import psutil
 import vizdoom
 from doom_maze_files import (
-    ACTIONS,
     SPLITS,
     STATE_FOLDER,
+    WALKS,
     Settings,
     copy_sample,
     prepare_folder,
@@ -40,13 +41,21 @@ from doom_maze_files import (
     write_metadata,
     write_text,
 )
-from doom_maze_map import CELL_SIZE, MAX_TEXTURES, Cell, Maze, build_maze, write_wad
-
-NOOP, FORWARD, LEFT, RIGHT, FORWARD_LEFT, FORWARD_RIGHT = range(len(ACTIONS))
+from doom_maze_map import MAX_TEXTURES, MEMORABLE, NODES_PER_SIDE, ORIGINAL, Maze, build_maze, write_wad
+from doom_maze_walks import (
+    DEGREES_PER_FRAME,
+    FRAMES_AFTER_RETURN,
+    MIN_SCRIPTED_FRAMES,
+    NOOP,
+    SCRIPTS,
+    ExploreWalk,
+    RevisitWalk,
+    ScriptedWalk,
+    cell_at,
+)
 
 TICS_PER_FRAME = 4  # a tic is 1/35 s
 WARM_UP_TICS = 10  # before the first frame: the engine ignores what a player does in the first tics of a map
-DEGREES_PER_FRAME = 15
 SPEED = 12.5  # in the engine's units: 16 map units a frame once up to speed
 TURN = DEGREES_PER_FRAME / TICS_PER_FRAME  # degrees a tic; the engine counts turns to the right
 BUTTON_VALUES = ([0, 0], [SPEED, 0], [0, -TURN], [0, TURN], [SPEED, -TURN], [SPEED, TURN])  # by action
@@ -59,6 +68,8 @@ FRAMES_PER_SECOND = 15  # of the files only: played at this rate, motion looks n
 # About 43 dB, a key frame every 60 frames. No B-frames: with them, the encoder's output varies between runs.
 CODEC_OPTIONS = {"crf": "10", "tune": "psnr", "preset": "fast", "g": "60", "bf": "0"}
 
+LEAST_NODES = 3  # with 3 there are about 30 layouts, up to rotation and reflection; with fewer, next to none
+MOST_NODES = 20
 MAX_EPISODES = 100_000  # of a split: file names have five digits
 EPISODES_PER_GAME = 25  # maps loaded by one engine process, whose start takes about a second
 
@@ -71,79 +82,6 @@ class Job:
     split: str
     episodes: list[int]
     settings: Settings
-
-
-@dataclass
-class Walker:
-    """Walks to random cells, rarely visited ones first; now and then holds a random action for a while."""
-
-    maze: Maze
-    rng: random.Random
-    path: list[Cell] = field(default_factory=list)
-    held_action: int = NOOP
-    num_held: int = 0  # frames for which held_action is still to be repeated
-    num_still: int = 0  # frames since the last change of cell
-    last_cell: Cell | None = None
-    visits: collections.Counter[Cell] = field(default_factory=collections.Counter)
-
-    def __call__(self, x: float, y: float, angle: float) -> int:
-        """The next action at a pose (map units; degrees, counter-clockwise from the x axis)."""
-        cell = cell_at(x, y)
-        self.visits[cell] += 1
-        if self.num_held > 0:
-            self.num_held -= 1
-            return self.held_action
-
-        self.num_still = self.num_still + 1 if cell == self.last_cell else 0
-        self.last_cell = cell
-        if self.num_still > 40 or self.rng.random() < 0.02:
-            self.path, self.num_still = [], 0
-            self.held_action = self.rng.choice([NOOP, LEFT, LEFT, RIGHT, RIGHT, FORWARD_LEFT, FORWARD_RIGHT])
-            self.num_held = self.rng.randint(1, 8)
-            return self.held_action
-
-        self._follow_path(cell)
-        if not self.path:  # the goal is here
-            return self.rng.choice([LEFT, RIGHT])
-        column, row = self.path[0]
-        to_next = math.atan2((row + 0.5) * CELL_SIZE - y, (column + 0.5) * CELL_SIZE - x)
-        left_turn = (math.degrees(to_next) - angle + 180) % 360 - 180
-        if abs(left_turn) < 10:
-            return FORWARD
-        if abs(left_turn) < 35:
-            return FORWARD_LEFT if left_turn > 0 else FORWARD_RIGHT
-        return LEFT if left_turn > 0 else RIGHT
-
-    def _follow_path(self, cell: Cell) -> None:
-        """Drop the cells of the path that are behind; choose a new goal at its end or when off it."""
-        if cell in self.path:
-            self.path = self.path[self.path.index(cell) + 1 :]
-        elif self.path and abs(cell[0] - self.path[0][0]) + abs(cell[1] - self.path[0][1]) != 1:
-            self.path = []
-        if not self.path:
-            goals = self.rng.sample(self.maze.open_cells, 4)
-            self.path = shortest_path(self.maze, cell, min(goals, key=lambda goal: self.visits[goal]))[1:]
-
-
-def cell_at(x: float, y: float) -> Cell:
-    return int(x // CELL_SIZE), int(y // CELL_SIZE)
-
-
-def shortest_path(maze: Maze, start: Cell, goal: Cell) -> list[Cell]:
-    """Cells from `start` to `goal`, both included."""
-    came_from: dict[Cell, Cell | None] = {start: None}
-    queue = collections.deque([start])
-    while goal not in came_from:
-        column, row = cell = queue.popleft()
-        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            neighbor = (column + dx, row + dy)
-            if maze.grid[row + dy][column + dx] and neighbor not in came_from:
-                came_from[neighbor] = cell
-                queue.append(neighbor)
-    path = [goal]
-    while (cell_before := came_from[path[-1]]) is not None:
-        path.append(cell_before)
-    return path[::-1]
 
 
 def start_game(wad: Path, first_map: str) -> vizdoom.DoomGame:
@@ -179,7 +117,7 @@ def start_game(wad: Path, first_map: str) -> vizdoom.DoomGame:
 
 
 def play(
-    game: vizdoom.DoomGame, walker: Walker, num_frames: int
+    game: vizdoom.DoomGame, walker: ExploreWalk | RevisitWalk, num_frames: int
 ) -> tuple[np.ndarray, list[int], list[list[float]]]:
     """Frames (num_frames, 64, 64, 3) of uint8, the action that led to each, and the pose at each."""
     frames = np.empty((num_frames, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
@@ -230,7 +168,13 @@ def record_job(job: Job) -> int:
     settings = job.settings
     with tempfile.TemporaryDirectory(dir=job.output / STATE_FOLDER) as folder:
         mazes = [
-            build_maze(job.split, episode_rng(job, episode, "maze"), settings.textures)
+            build_maze(
+                job.split,
+                episode_rng(job, episode, "maze"),
+                settings.textures,
+                settings.maze_nodes,
+                ORIGINAL if settings.walk == "explore" else MEMORABLE,
+            )
             for episode in job.episodes
         ]
         names = [f"M{slot:03d}" for slot in range(len(mazes))]
@@ -241,7 +185,7 @@ def record_job(job: Job) -> int:
         for episode, name, maze in zip(job.episodes, names, mazes, strict=True):
             game.set_doom_map(name)
             game.set_seed(1)  # all that is random is decided here; the engine starts every map alike
-            walker = Walker(maze, episode_rng(job, episode, "walk"))
+            walker = make_walker(job, episode, maze)
             frames, actions, poses = play(game, walker, settings.frames)
 
             video = video_path(job.output, job.split, episode)
@@ -258,10 +202,27 @@ def record_job(job: Job) -> int:
                 "visited_fraction": round(len(seen) / len(maze.open_cells), 4),
                 "psnr": round(psnr(frames, decode(part)), 2),
             }
+            if isinstance(walker, ScriptedWalk):
+                record |= script_record(walker, settings.frames)
             write_text(record_path(job.output, job.split, episode), json.dumps(record))
             part.replace(video)  # last: an episode with a video is finished
         game.close()
     return len(job.episodes)
+
+
+def make_walker(job: Job, episode: int, maze: Maze) -> ExploreWalk | RevisitWalk:
+    rng = episode_rng(job, episode, "walk")
+    if job.settings.walk == "scripted":
+        return ScriptedWalk(maze, rng, SCRIPTS[episode % len(SCRIPTS)])
+    return (RevisitWalk if job.settings.walk == "revisit" else ExploreWalk)(maze, rng)
+
+
+def script_record(walker: ScriptedWalk, num_frames: int) -> dict[str, str | int]:
+    """What the metadata says of a scripted walk; fails if the script did not end early enough."""
+    start, end = walker.start_frame, walker.return_frame
+    if start is None or end is None or end + FRAMES_AFTER_RETURN >= num_frames:
+        raise RuntimeError(f"the walk {walker.script} did not return in time: from {start} to {end}")
+    return {"script": walker.script, "start_frame": start, "return_frame": end}
 
 
 def episode_rng(job: Job, episode: int, purpose: str) -> random.Random:
@@ -318,6 +279,15 @@ def main() -> None:
     option("--frames", type=int, default=300, help="frames per episode")
     option("--seed", type=int, default=0, help="with the same seed, the same episodes are recorded")
     option("--textures", type=int, default=4, help="regions of a maze that have textures of their own")
+    option("--walk", choices=WALKS, default="explore", help="how the walker walks (doom_maze_walks.py)")
+    option(
+        "--maze-nodes",
+        type=int,
+        nargs=2,
+        default=NODES_PER_SIDE,
+        metavar=("LEAST", "MOST"),
+        help="nodes per side of a maze, which has 2 n + 1 cells per side (default: 4 5)",
+    )
     option("--workers", type=int, default=2, help="processes that record side by side")
     option("--sample-of", type=Path, metavar="RECORDING", help="copy episodes of a recording instead")
     option("--episodes", type=int, nargs="+", help="validation episodes that --sample-of copies")
@@ -331,18 +301,25 @@ def main() -> None:
     for name, low, high in (
         ("train", 0, MAX_EPISODES),
         ("validation", 0, MAX_EPISODES),
-        ("frames", 1, None),
+        ("frames", MIN_SCRIPTED_FRAMES if args.walk == "scripted" else 1, None),
         ("textures", 1, MAX_TEXTURES),
         ("workers", 1, None),
     ):
         value = getattr(args, name)
         if value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ValueError(f"--{name} must be {bound}, but is {value}")
+            walk = " with --walk scripted" if name == "frames" and low > 1 else ""
+            raise ValueError(f"--{name} must be {bound}{walk}, but is {value}")
+    least, most = args.maze_nodes
+    if not LEAST_NODES <= least <= most <= MOST_NODES:
+        raise ValueError(
+            f"--maze-nodes must be two numbers from {LEAST_NODES} to {MOST_NODES}, the smaller first, "
+            f"but is {least} {most}"
+        )
     num_episodes = {"train": args.train, "validation": args.validation}
     if not any(num_episodes.values()):
         raise ValueError("--train and --validation are both 0: there is nothing to record")
-    settings = Settings(args.seed, args.frames, args.textures)
+    settings = Settings(args.seed, args.frames, args.textures, args.walk, (least, most))
     record_all(args.output.resolve(), num_episodes, settings, args.workers)
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 CELL_SIZE = 112  # map units; the player is 32 wide and 56 high
 WALL_HEIGHT = 96  # map units
 LIGHT_LEVELS = (176, 224)  # range of a region's light, of 255
-NODES_PER_SIDE = (4, 5)  # a maze of n x n nodes has (2n + 1) x (2n + 1) cells, border included
+NODES_PER_SIDE = (4, 5)  # least and most; a maze of n x n nodes has (2n + 1) x (2n + 1) cells with its border
 LOOP_PROBABILITY = 0.15  # that a wall between two nodes is opened, so that mazes are not trees
-LANDMARK_PROBABILITY = 0.12  # that one wall face carries a landmark in place of its region's texture
 VALIDATION_SHARE = 8  # one layout in eight belongs to the validation split
 
 # Names of textures in the Freedoom WAD that comes with ViZDoom.
@@ -36,6 +35,29 @@ FLOORS = (
 )
 CEILINGS = ("CEIL3_5", "FLAT18", "CEIL5_2", "FLAT1_1", "FLOOR0_5", "CEIL1_1", "FLAT19", "AQF007")
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Style:
+    """What walls are made of."""
+
+    walls: tuple[str, ...]
+    landmarks: tuple[str, ...]
+    landmark_probability: float  # that one wall face carries a landmark in place of its region's texture
+
+
+# Textures of which little is left at 64 x 64 pixels. The autoencoder of checkpoints/far-doom-maze-64
+# reconstructs mazes that are made of one of these walls at 24.8 to 26.1 dB, of the other walls at 27.7 to
+# 34.9 dB; of one of these landmarks at 22.3 and 23.9 dB, of the others at 24.6 to 29.7 dB. Measured with
+#     python data/measure_textures.py checkpoints/far-doom-maze-64/vae
+BLURRED = ("ZZWOLF9", "A-CAMO4", "SKSNAKE2", "SILVER2", "AQPANL10", "AQLITE12", "AQLITE07", "AQLITE15")
+
+ORIGINAL = Style(WALLS, LANDMARKS, 0.12)
+MEMORABLE = Style(
+    walls=tuple(texture for texture in WALLS if texture not in BLURRED),
+    landmarks=tuple(texture for texture in LANDMARKS if texture not in BLURRED),
+    landmark_probability=0.24,
+)
 MAX_TEXTURES = len(FLOORS)  # regions of one maze differ in their walls and in their floors
 
 Grid = tuple[tuple[bool, ...], ...]
@@ -64,14 +86,21 @@ class Maze:
         return ["".join("." if is_open else "#" for is_open in cells) for cells in self.grid]
 
 
-def build_maze(split: str, rng: random.Random, num_textures: int) -> Maze:
+def build_maze(
+    split: str,
+    rng: random.Random,
+    num_textures: int,
+    nodes_per_side: tuple[int, int] = NODES_PER_SIDE,
+    style: Style = ORIGINAL,
+) -> Maze:
     """A random maze whose layout belongs to `split`, with `num_textures` differently textured regions.
 
     Every layout belongs to one split (see `split_of_grid`), so splits share no maze, however many there are.
     """
-    while split_of_grid(grid := random_grid(rng, rng.choice(NODES_PER_SIDE))) != split:
+    sizes = range(nodes_per_side[0], nodes_per_side[1] + 1)
+    while split_of_grid(grid := random_grid(rng, rng.choice(sizes))) != split:
         pass
-    return Maze(grid, map_text(grid, rng, num_textures))
+    return Maze(grid, map_text(grid, rng, num_textures, style))
 
 
 def split_of_grid(grid: Grid) -> str:
@@ -120,7 +149,7 @@ def random_grid(rng: random.Random, nodes_per_side: int) -> Grid:
     return tuple(tuple(cells) for cells in is_open)
 
 
-def map_text(grid: Grid, rng: random.Random, num_textures: int) -> str:
+def map_text(grid: Grid, rng: random.Random, num_textures: int, style: Style = ORIGINAL) -> str:
     """The maze in UDMF, the text format of Doom maps, with a random start.
 
     The maze is cut into `num_textures` regions, each the cells nearest to a random point. A region has a wall
@@ -129,7 +158,7 @@ def map_text(grid: Grid, rng: random.Random, num_textures: int) -> str:
     side = len(grid)
     regions = range(num_textures)
     centers = [(rng.uniform(0, side), rng.uniform(0, side)) for _ in regions]
-    walls = rng.sample(WALLS, num_textures)
+    walls = rng.sample(style.walls, num_textures)
     floors = rng.sample(FLOORS, num_textures)
     ceilings = [rng.choice(CEILINGS) for _ in regions]
     lights = [rng.randint(*LIGHT_LEVELS) for _ in regions]
@@ -160,7 +189,8 @@ def map_text(grid: Grid, rng: random.Random, num_textures: int) -> str:
             (1, 0, (column + 1, row + 1), (column + 1, row)),
         ):
             if not grid[row + dy][column + dx]:  # the border is always wall, so the index stays inside
-                texture = rng.choice(LANDMARKS) if rng.random() < LANDMARK_PROBABILITY else walls[region]
+                is_landmark = rng.random() < style.landmark_probability
+                texture = rng.choice(style.landmarks) if is_landmark else walls[region]
                 sides = f"sidefront={sidedef(region, texture)};blocking=true;"
             elif dx + dy > 0 and (other := region_of(column + dx, row + dy)) != region:
                 sides = f"sidefront={sidedef(region)};sideback={sidedef(other)};twosided=true;"

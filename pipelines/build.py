@@ -1,27 +1,23 @@
-"""Builds the form of a pipeline that loads from the Hub without this package, with `trust_remote_code=True`.
+"""Exports a pipeline's folder in the form that loads without this package, with `trust_remote_code=True`.
 
-    python pipelines/build.py                                        # pipeline.py, transformer_far.py
-    python pipelines/build.py --checkpoint FOLDER --output FOLDER    # a checkpoint with this code in it
+    python pipelines/build.py --checkpoint checkpoints/far-doom-maze-64    # to outputs/, which git ignores
 
 diffusers takes code from single files: `pipeline.py` beside model_index.json and `transformer_far.py` beside
-the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order, without
-the loading of published files and model cards. Upload such a checkpoint to a branch of its own
-(`remote-code`): where code lies beside weights, diffusers wants trust even if the package is installed.
+the transformer's weights. Each is made of the modules of src/diffusers_far that it needs, in order; published
+files and model cards are not among them. Upload such a folder to a branch of its own (`remote-code`): where
+code lies beside weights, diffusers wants trust even if the package is installed.
 """
 
 import argparse
 import ast
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-SOURCE = HERE.parent / "src" / "diffusers_far"
-LEFT_OUT = {"hub": "FARPushToHubMixin", "single_file": "FARSingleFileMixin"}
-FILES = {"transformer_far.py": "transformer_far", "pipeline.py": "pipeline_far_video"}
-NOTE = "Built by pipelines/build.py of diffusers-far from its package; change it there."
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "diffusers_far"
+NOTE = "Made from the package diffusers-far by its pipelines/build.py; change it there."
 
 
 def imported_modules(tree: ast.Module) -> list[str]:
@@ -36,7 +32,7 @@ def modules_in_order(name: str) -> list[str]:
     order: list[str] = []
 
     def visit(module: str) -> None:
-        if module in order or module in LEFT_OUT:
+        if module in order:
             return
         for needed in imported_modules(ast.parse((SOURCE / f"{module}.py").read_text())):
             visit(needed)
@@ -71,8 +67,6 @@ def flatten(name: str) -> str:
         title = ast.get_docstring(tree).splitlines()[0]
         bodies.append(f"# {module}.py: {title}\n\n" + "\n".join(lines).strip())
     code = "\n\n\n".join(bodies)
-    for base in LEFT_OUT.values():
-        code = re.sub(rf"\b{base},\s*", "", code)
     head = [
         *sorted(plain),
         *(f"from {key} import {', '.join(sorted(imports[key]))}" for key in sorted(imports)),
@@ -83,8 +77,13 @@ def flatten(name: str) -> str:
 def export(checkpoint: Path, output: Path) -> None:
     """Write a copy of a pipeline's folder that brings its code.
 
+    Args:
+        checkpoint: folder of a FARVideoPipeline.
+        output: folder to write; it must not be there yet.
+
     Raises:
         ValueError: where `checkpoint` is no pipeline of ours.
+        FileNotFoundError: where it has no model_index.json.
         FileExistsError: where `output` is there already.
     """
     index = json.loads((checkpoint / "model_index.json").read_text())
@@ -95,13 +94,14 @@ def export(checkpoint: Path, output: Path) -> None:
     if output.exists():
         raise FileExistsError(f"{output} is there already; it takes a new folder")
     partial = output.with_name(output.name + ".partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial)
     index["_class_name"] = ["pipeline", "FARVideoPipeline"]
     index["transformer"] = ["transformer_far", "FARTransformer3DModel"]
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(HERE / "pipeline.py", partial)
-    shutil.copy(HERE / "transformer_far.py", partial / "transformer")
+    (partial / "pipeline.py").write_text(flatten("pipeline_far_video"))
+    (partial / "transformer" / "transformer_far.py").write_text(flatten("transformer_far"))
     os.replace(partial, output)
 
 
@@ -109,16 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, help="folder of a pipeline")
-    parser.add_argument("--output", type=Path, help="new folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a pipeline")
+    parser.add_argument("--output", type=Path, help="new folder; default: NAME-remote-code in outputs/")
     arguments = parser.parse_args()
-    if (arguments.checkpoint is None) != (arguments.output is None):
-        parser.error("--checkpoint and --output go together")
-    if arguments.checkpoint is not None:
-        export(arguments.checkpoint, arguments.output)
-        return
-    for file, module in FILES.items():
-        (HERE / file).write_text(flatten(module))
+    output = arguments.output or ROOT / "outputs" / f"{arguments.checkpoint.resolve().name}-remote-code"
+    export(arguments.checkpoint, output)
+    print(output)
 
 
 if __name__ == "__main__":

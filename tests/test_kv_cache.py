@@ -1,10 +1,13 @@
 """FARCache: what its verbs keep, forget and refuse, and what it costs."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
 
 from diffusers_far import FARCache
+from diffusers_far.kv_cache import Slot
 from tests.tiny_models import GRID, TOLERANCE, latents, long_transformer, relative_error, transformer
 
 LAYERS, BATCH, HEADS, HEAD_DIM = 2, 3, 2, 4
@@ -28,14 +31,19 @@ def write(cache: FARCache, long: list[int], short: list[int]) -> None:
     sizes = [(frame, cache.long_tokens) for frame in long] + [(frame, cache.short_tokens) for frame in short]
     marks = torch.cat([torch.full((size,), float(frame)) for frame, size in sizes])
     key = marks[None, :, None, None].expand(BATCH, -1, HEADS, HEAD_DIM)
-    cache.reserve(len(marks))
+    cache.begin(len(long), len(short))
     for layer in cache.layers:
         layer.extend(key, -key)
 
 
 def add(cache: FARCache, long: tuple[int, ...] = (), short: tuple[int, ...] = ()) -> None:
     write(cache, list(long), list(short))
-    cache.append(long, short)
+    cache.commit(slots(long, short))
+
+
+def slots(long: Iterable[int] = (), short: Iterable[int] = ()) -> list[Slot]:
+    """Frames at their own places in time."""
+    return [Slot(frame, True, frame) for frame in long] + [Slot(frame, False, frame) for frame in short]
 
 
 def assert_holds(cache: FARCache, long: set[int], short: set[int]) -> None:
@@ -55,16 +63,16 @@ def assert_holds(cache: FARCache, long: set[int], short: set[int]) -> None:
 def test_a_new_cache_is_empty() -> None:
     cache = make_cache()
     assert_holds(cache, set(), set())
-    assert cache.next_frame == 0
+    assert cache.next_position == 0
     assert {layer.keys.shape[1] for layer in cache.layers} == {cache.block_tokens}
 
 
-def test_append_keeps_both_levels() -> None:
+def test_commit_keeps_both_levels() -> None:
     cache = make_cache()
     add(cache, long=(0, 1), short=(2,))
     add(cache, short=(3, 4))
     assert_holds(cache, {0, 1}, {2, 3, 4})
-    assert cache.next_frame == 5
+    assert cache.next_position == 5
     assert (
         cache.key_positions(torch.device("cpu")).tolist() == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 4 + [4] * 4
     )
@@ -82,11 +90,11 @@ def test_scratch_is_not_context() -> None:
 def test_extend_returns_context_and_new_tokens() -> None:
     cache = make_cache()
     add(cache, short=(5,))
-    cache.reserve(1)
-    new = torch.ones(BATCH, 1, HEADS, HEAD_DIM)
+    cache.begin(1, 0)
+    new = torch.ones(BATCH, 2, HEADS, HEAD_DIM)
     keys, values = cache.layers[1].extend(new, 2 * new)
-    assert keys[0, :, 0, 0].tolist() == [5, 5, 5, 5, 1]
-    assert values[0, :, 0, 0].tolist() == [-5, -5, -5, -5, 2]
+    assert keys[0, :, 0, 0].tolist() == [5, 5, 5, 5, 1, 1]
+    assert values[0, :, 0, 0].tolist() == [-5, -5, -5, -5, 2, 2]
 
 
 def test_levels_may_come_in_any_order() -> None:
@@ -98,29 +106,76 @@ def test_levels_may_come_in_any_order() -> None:
     assert_holds(cache, {0, 3}, set())
 
 
-@pytest.mark.parametrize("frame", [3, 4, 5, 6])
-def test_drop_short(frame: int) -> None:
+@pytest.mark.parametrize("gone", [{3}, {4}, {6}, {0}, {1}, {0, 5}, {1, 3, 6}, {0, 1, 3, 4, 5, 6}])
+def test_reconcile_forgets_what_is_not_wanted(gone: set[int]) -> None:
     cache = make_cache()
     add(cache, long=(0, 1), short=(3, 4, 5, 6))
-    cache.drop_short(frame)
-    assert_holds(cache, {0, 1}, {3, 4, 5, 6} - {frame})
+    wanted = slots({0, 1} - gone, {3, 4, 5, 6} - gone)
+    assert cache.reconcile(wanted) == []
+    assert_holds(cache, {0, 1} - gone, {3, 4, 5, 6} - gone)
 
 
-@pytest.mark.parametrize("frame", [0, 1, 2])
-def test_drop_long(frame: int) -> None:
+def test_reconcile_tells_what_is_missing() -> None:
+    """Also a frame that is held at another level, or at another place in time."""
     cache = make_cache()
-    add(cache, long=(0, 1, 2))
-    cache.drop_long(frame)
-    assert_holds(cache, {0, 1, 2} - {frame}, set())
+    add(cache, long=(0, 1), short=(2, 3))
+    wanted = [Slot(0, True, 4), Slot(1, True, 1), Slot(2, True, 2), Slot(3, False, 3), Slot(5, False, 5)]
+    assert cache.reconcile(wanted) == [wanted[0], wanted[2], wanted[4]]
+    assert_holds(cache, {1}, {3})
 
 
-@pytest.mark.parametrize("level", ["long", "short"])
-def test_drop_names_a_frame_that_is_not_there(level: str) -> None:
+@pytest.mark.parametrize(
+    ("held", "committed"),
+    [
+        (([], [4]), ([], [4, 5])),
+        (([4], []), ([], [4])),
+        (([], [4]), ([4], [])),
+        (([4, 5], [6]), ([4], [6])),
+        (([], []), ([], [4])),
+        (([], [1]), ([], [1])),
+    ],
+)
+def test_commit_takes_what_the_forward_held(
+    held: tuple[list[int], list[int]], committed: tuple[list[int], list[int]]
+) -> None:
     cache = make_cache()
-    add(cache, **{level: (0, 1)})
-    with pytest.raises(ValueError, match=r"frame=9 is not in the cache, which holds \[0, 1\]"):
-        getattr(cache, f"drop_{level}")(9)
-    assert_holds(cache, *(({0, 1}, set()) if level == "long" else (set(), {0, 1})))
+    add(cache, long=(0,), short=(1,))
+    if held != ([], []):
+        write(cache, *held)
+    with pytest.raises(ValueError, match=r"first frames of the last forward|in the cache already"):
+        cache.commit(slots(*committed))
+    assert_holds(cache, {0}, {1})
+
+
+def test_commit_takes_the_first_frames_once() -> None:
+    cache = make_cache()
+    write(cache, [0, 1], [2, 3])
+    cache.commit(slots([0, 1], [2]))
+    assert_holds(cache, {0, 1}, {2})
+    with pytest.raises(ValueError, match="held 0 long-term and 0 short-term"):
+        cache.commit(slots([], [3]))
+
+
+def test_a_copy_shares_nothing() -> None:
+    cache = make_cache()
+    add(cache, long=(0,), short=(1,))
+    copy = cache.copy()
+    add(copy, short=(2, 3))
+    cache.reconcile(slots([0]))
+    assert_holds(copy, {0}, {1, 2, 3})
+    assert_holds(cache, {0}, set())
+
+
+def test_state() -> None:
+    cache = make_cache()
+    add(cache, long=(0, 3), short=(1, 2))
+    cache.reconcile(slots([3], [1, 2]))
+    other = make_cache(block_tokens=4)
+    add(other, short=(7,))
+    other.load_state_dict(cache.state_dict())
+    assert_holds(other, {3}, {1, 2})
+    with pytest.raises(ValueError, match=r"keys \[2, 3, 10, 2, 4\] of 3 frames"):
+        make_cache(short_tokens=3).load_state_dict(cache.state_dict())
 
 
 @pytest.mark.parametrize("long_tokens", [2, 4, 7])
@@ -132,8 +187,8 @@ def test_many_drops_and_appends_stay_consistent(long_tokens: int) -> None:
         for level in ("long", "short"):
             if len(kept[level]) == 3:
                 leaving = sorted(kept[level])[int(torch.randint(3, (), generator=generator))]
-                getattr(cache, f"drop_{level}")(leaving)
                 kept[level].remove(leaving)
+                cache.reconcile(slots(kept["long"], kept["short"]))
         level = ("long", "short")[int(torch.randint(2, (), generator=generator))]
         add(cache, **{level: (frame,)})
         kept[level].add(frame)
@@ -149,7 +204,7 @@ def test_reset_and_clear_keep_the_buffers() -> None:
     assert_holds(cache, {0, 1}, set())
     cache.reset()
     assert_holds(cache, set(), set())
-    assert cache.next_frame == 0
+    assert cache.next_position == 0
     add(cache, long=(0,))
     assert_holds(cache, {0}, set())
     assert cache.num_bytes == num_bytes and cache.layers[0].keys is buffer
@@ -168,8 +223,7 @@ def test_buffers_grow_in_blocks_and_keep_the_context() -> None:
 def test_a_lone_level_may_be_empty() -> None:
     cache = make_cache(long_tokens=0)
     add(cache, short=(0, 1))
-    cache.drop_short(0)
-    cache.drop_short(1)
+    cache.reconcile([])
     assert_holds(cache, set(), set())
 
 
@@ -184,7 +238,7 @@ def test_bytes_per_long_frame(dtype: torch.dtype) -> None:
     video = latents(1, num_frames).to(dtype)
     with torch.no_grad():
         model(video, torch.full((1, num_frames), -1.0), cache=cache, num_long_frames=num_frames)
-    cache.append(range(num_frames))
+    cache.commit(slots(range(num_frames)))
     config = model.config
     width = config.num_attention_heads * config.attention_head_dim
     assert cache.num_bytes == num_frames * 2 * config.num_layers * long_tokens * width * dtype.itemsize
@@ -204,7 +258,7 @@ def test_a_forward_does_not_change_the_context() -> None:
     cache = model.create_cache(2, GRID, GRID)
     with torch.no_grad():
         model(video[:, :5], torch.full((2, 5), -1.0), cache=cache)
-    cache.append(short_frames=range(5))
+    cache.commit(slots(short=range(5)))
     before = [layer.keys[:, : layer.num_tokens].clone() for layer in cache.layers]
     first, second = (next_frame(model, video, cache) for _ in range(2))
     assert torch.equal(first, second)
@@ -229,7 +283,7 @@ def test_the_order_of_frames_in_a_level_is_free() -> None:
                     cache=cache,
                     frame_positions=torch.tensor([frame]),
                 )
-            cache.append(short_frames=[frame])
+            cache.commit(slots(short=[frame]))
         results.append(next_frame(model, video, cache))
     assert relative_error(*results) <= TOLERANCE
 
@@ -243,7 +297,7 @@ def test_cached_frames_one_by_one_or_together_are_the_same() -> None:
             for size in pieces:
                 frames = video[:, start : start + size]
                 model(frames, torch.full((2, size), -1.0), cache=cache)
-                cache.append(short_frames=range(start, start + size))
+                cache.commit(slots(short=range(start, start + size)))
                 start += size
     results = [next_frame(model, video, cache) for cache in caches]
     assert relative_error(*results) <= TOLERANCE

@@ -1,12 +1,13 @@
-"""Rules that the whole repository keeps: who imports whom, what an import costs, file sizes and names."""
+"""Rules that the whole repository keeps: who imports whom, what an import costs, names."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -15,76 +16,12 @@ import diffusers_far
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "diffusers_far"
 
-# A module imports only from lower floors...
-FLOORS = {
-    "frame_layout": 0,
-    "kv_cache": 0,
-    "matmul_attention": 0,
-    "rope": 0,
-    "flow_matching": 0,
-    "presets": 0,
-    "key_map": 0,
-    "single_file": 0,
-    "pipeline_inputs": 0,
-    "hub": 0,
-    "attention": 1,
-    "transformer_far": 2,
-    "context_schedule": 2,
-    "rollout": 3,
-    "pipeline_far_video": 3,
-    "__init__": 4,
-    "demo": 4,
-    "convert_published": 4,
-    "cli": 6,
-    "space": 5,  # a folder: nothing imports it
-}
-# ... and from its own in these cases, one way. In the other direction only types, or inside a function.
-SAME_FLOOR = {
-    ("pipeline_far_video", "rollout"),
-    ("single_file", "key_map"),
-    ("single_file", "presets"),
-    ("demo", "__init__"),
-    ("space", "space"),
-}
-
 # Folders of scripts: they import the package, not each other.
-FOLDERS = ("benchmarks", "conversion", "data", "evaluation", "training")
-FOLDER_MAY_IMPORT = {("training", "evaluation")}
+FOLDERS = ("benchmarks", "conversion", "data", "evaluation", "pipelines", "training")
+FOLDER_MAY_IMPORT = {("training", "evaluation"), ("benchmarks", "evaluation"), ("evaluation", "data")}
 
-GENERATED = ("pipelines",)  # built from src
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
 PUBLIC_NAMES = ("FARTransformer3DModel", "FARVideoPipeline", "FARCache", "ContextSchedule", "Rollout")
-
-
-class Import(NamedTuple):
-    module: str  # dotted, absolute
-    deferred: bool  # inside a function or under `if TYPE_CHECKING`
-    line: int
-
-
-def imports(source: str, package: str = "") -> Iterator[Import]:
-    """All imports of a file that lies directly in `package`, which may be dotted."""
-
-    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, deferred, node.lineno)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
-            base = ".".join(filter(None, [above, node.module]))
-            for alias in node.names:
-                yield Import(f"{base}.{alias.name}", deferred, node.lineno)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                yield from visit(child, True)
-            for child in node.orelse:
-                yield from visit(child, deferred)
-        else:
-            inner = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            for child in ast.iter_child_nodes(node):
-                yield from visit(child, inner)
-
-    yield from visit(ast.parse(source), False)
 
 
 def python_files(*folders: Path) -> list[Path]:
@@ -98,77 +35,57 @@ def python_files(*folders: Path) -> list[Path]:
     )
 
 
-def floor_violations(module: str, source: str) -> list[str]:
-    """What a module of the package, or of its folder `space`, imports against the floors."""
-    violations = []
-    for found in imports(source, package="diffusers_far.space" if module == "space" else "diffusers_far"):
-        if found.module.partition(".")[0] != "diffusers_far":
-            if found.module.partition(".")[0] in FOLDERS:
-                violations.append(f"line {found.line}: the package imports {found.module}")
-            continue
-        parts = found.module.split(".")
-        imported = parts[1] if len(parts) > 1 and parts[1] in FLOORS else "__init__"
-        below = FLOORS[imported] < FLOORS[module]
-        beside = FLOORS[imported] == FLOORS[module] and (found.deferred or (module, imported) in SAME_FLOOR)
-        if not below and not beside:
-            violations.append(
-                f"line {found.line}: {module} (floor {FLOORS[module]}) imports {imported} "
-                f"(floor {FLOORS[imported]})"
-            )
-    return violations
-
-
 def folder_violations(path: Path, source: str) -> list[str]:
     """What a script, `path` below the repository, imports from the other folders."""
     folder = path.parts[0]
     # A folder may have a subfolder of the same name as another folder, such as training/data.
     own = {parent.name for parent in (REPOSITORY / folder).rglob("*") if parent.is_dir()} | {folder}
     violations = []
-    for found in imports(source, package=".".join(path.parts[:-1])):
-        imported = found.module.partition(".")[0]
-        if imported in FOLDERS and imported not in own and (folder, imported) not in FOLDER_MAY_IMPORT:
-            violations.append(f"line {found.line}: {folder} imports {found.module}")
+    for node in ast.walk(ast.parse(source)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [node.module]
+        for module in modules:
+            imported = module.partition(".")[0]
+            if imported in FOLDERS and imported not in own and (folder, imported) not in FOLDER_MAY_IMPORT:
+                violations.append(f"line {node.lineno}: {folder} imports {module}")
     return violations
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_a_module_imports_from_lower_floors_only(path: Path) -> None:
-    module = path.parent.name if path.parent.name == "space" else path.stem
-    if module != "space":
-        assert path.parent == PACKAGE, "the package is flat: its module paths end up in model_index.json"
-    assert module in FLOORS, f"give {module} a floor in FLOORS"
-    assert floor_violations(module, path.read_text(encoding="utf-8")) == []
-
-
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("module", "line", "broken"),
     [
-        ("kv_cache", "from .transformer_far import FARTransformer3DModel"),
-        ("kv_cache", "def f():\n    from diffusers_far.rollout import Rollout"),
-        ("rollout", "from .pipeline_far_video import FARVideoPipeline"),
-        ("rollout", "from . import pipeline_far_video"),
-        ("rollout", "import diffusers_far.pipeline_far_video"),
-        ("transformer_far", "from diffusers_far import FARCache"),
-        ("presets", "from conversion.convert_far import main"),
-        ("demo", "from .space.players import Game"),
+        ("rope", "", []),
+        ("kv_cache", "def f():\n    from .transformer_far import FARTransformer3DModel", ["layers"]),
+        ("rollout", "if TYPE_CHECKING:\n    from .pipeline_far_video import FARVideoPipeline", ["layers"]),
+        ("transformer_far", "from .single_file import read_checkpoint", ["layers"]),
+        ("pipeline_far_video", "from . import hub", ["layers", "core"]),
+        ("pipeline_far_video", "from huggingface_hub import HfApi", ["core"]),
+        ("presets", "from conversion.convert_far import main", ["scripts"]),
+        ("novelty", "", ["layers"]),
     ],
 )
-def test_the_floor_rule_finds_violations(module: str, source: str) -> None:
-    assert len(floor_violations(module, source)) == 1
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("pipeline_far_video", "from .rollout import Rollout\nfrom .presets import preset"),
-        ("rollout", "if TYPE_CHECKING:\n    from .pipeline_far_video import FARVideoPipeline"),
-        ("rollout", "def f():\n    from .pipeline_far_video import FARVideoPipeline"),
-        ("presets", "import torch\nfrom diffusers import ModelMixin"),
-        ("space", "from ..rollout import Rollout\nfrom .players import Game"),
-    ],
-)
-def test_the_floor_rule_allows_what_it_should(module: str, source: str) -> None:
-    assert floor_violations(module, source) == []
+def test_imports_go_downward(module: str, line: str, broken: list[str], tmp_path: Path) -> None:
+    """The contracts of pyproject.toml hold, and one breaks where a copy's module imports what it must not."""
+    shutil.copytree(PACKAGE, tmp_path / "diffusers_far", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "diffusers_far" / f"{module}.py", "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    settings = REPOSITORY / "pyproject.toml"
+    lint = "from importlinter.cli import import_linter; import_linter()"
+    run = subprocess.run(
+        [sys.executable, "-c", lint, "lint", "--no-cache", "--no-logo", str(settings)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    names = re.findall(r"^(.+) BROKEN$", run.stdout, flags=re.M)
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+    assert [contract["id"] for contract in contracts if contract["name"] in names] == broken, run.stdout
+    assert run.returncode == (1 if broken else 0), run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,7 +98,7 @@ def test_folders_do_not_import_each_other(path: Path) -> None:
 
 
 def test_the_folder_rule_finds_violations() -> None:
-    script = Path("benchmarks/speed.py")
+    script = Path("conversion/speed.py")
     assert folder_violations(script, "from diffusers_far import FARVideoPipeline") == []
     assert folder_violations(Path("training/train_far.py"), "import evaluation.metrics") == []
     assert len(folder_violations(script, "def f():\n    from evaluation.metrics import psnr")) == 1

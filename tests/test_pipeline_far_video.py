@@ -2,12 +2,24 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -52,7 +64,7 @@ def test_defaults_come_from_the_checkpoint() -> None:
     pipe = pipeline(num_inference_steps=2, sample_size=32, flex_rope_slope=0.3)
     frames = call(pipe)
     assert frames.shape == (1, 4, 4, 4, 4)
-    assert pipe.num_timesteps == 2
+    assert pipe.num_timesteps == 2 * 4  # of all frames
     assert torch.equal(
         frames, call(pipeline(), height=32, width=32, num_inference_steps=2, flex_rope_slope=0.3)
     )
@@ -385,3 +397,190 @@ def test_offload(method: str) -> None:
     assert pipe.transformer.device.type in ("cpu", "meta")
     frames = pipe.frames_so_far("pil")
     assert isinstance(frames[0][0], Image.Image)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Schedulers and seeds
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def with_scheduler(scheduler: SchedulerMixin, **config: Any) -> FARVideoPipeline:
+    pipe = pipeline(transformer(num_actions=4, **config))
+    pipe.scheduler = scheduler
+    return pipe
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_seed_gives_the_same_frames_by_call_stream_and_step(
+    pipe: FARVideoPipeline, batch_size: int
+) -> None:
+    settings = {"batch_size": batch_size, "output_type": "latent"}
+    called = pipe(num_frames=3, generator=generator(5), **settings).frames
+    streamed = list(pipe.stream(num_new_frames=3, generator=generator(5), **settings))
+    assert relative_error(torch.stack(streamed, dim=1), called) <= TOLERANCE
+    rollout = pipe.rollout(generator=generator(5), **settings)
+    stepped = torch.stack([rollout.step() for _ in range(3)], dim=1)
+    assert relative_error(stepped, called) <= TOLERANCE
+    each = [generator(5) for _ in range(batch_size)]  # one per video: the same video at any batch size
+    alone = pipe(num_frames=3, generator=generator(5), output_type="latent").frames
+    together = pipe(num_frames=3, generator=each, **settings).frames
+    assert all(relative_error(video[None], alone) <= TOLERANCE for video in together)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        FlowMatchLCMScheduler(),
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **FLOW),
+    ],
+    ids=["euler", "lcm", "dpm"],
+)
+def test_a_scheduler_that_draws_noise_draws_it_from_the_generator(scheduler: SchedulerMixin) -> None:
+    pipe, made = with_scheduler(scheduler), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(pipe(num_frames=2, generator=generator(5), output_type="latent").frames)
+    assert torch.equal(*made)
+    changed = pipe(num_frames=2, generator=generator(6), output_type="latent").frames
+    assert max_error(changed, made[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(**FLOW),
+        UniPCMultistepScheduler(use_dynamic_shifting=True, time_shift_type="exponential", **FLOW),
+        DPMSolverMultistepScheduler(**FLOW),
+        DPMSolverSinglestepScheduler(**FLOW),
+        DEISMultistepScheduler(**FLOW),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_flow_matching_schedulers_come_to_the_same_frame(scheduler: SchedulerMixin) -> None:
+    """With many steps all solvers follow the same path."""
+    euler = with_scheduler(FlowMatchEulerDiscreteScheduler())
+    arguments = {"num_frames": 2, "video_latents": latents(1, 1), "output_type": "latent"}
+    expected = euler(num_inference_steps=160, generator=generator(), **arguments).frames[:, 1:]
+    seen: list[tuple[int, int]] = []
+
+    def count(pipe: FARVideoPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        seen.append((step, pipe.num_timesteps))
+        return tensors
+
+    pipe = with_scheduler(scheduler)
+    found = pipe(num_inference_steps=40, generator=generator(), callback_on_step_end=count, **arguments)
+    assert relative_error(found.frames[:, 1:], expected) < 0.15  # a wrong one is off by 0.5 and more
+    assert [step for step, _ in seen] == list(range(len(seen)))
+    assert {number for _, number in seen} == {len(seen)}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "use_meanflow", "message"),
+    [
+        (DDIMScheduler(), False, "scheduler=DDIMScheduler is not set to flow matching"),
+        (UniPCMultistepScheduler(), False, "scheduler=UniPCMultistepScheduler is not set"),
+        (UniPCMultistepScheduler(**FLOW), True, "scheduler=UniPCMultistepScheduler with its own"),
+        (FlowMatchHeunDiscreteScheduler(), True, "scheduler=FlowMatchHeunDiscreteScheduler with its own"),
+        (
+            FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+            True,
+            "scheduler=FlowMatchEulerDiscreteScheduler with stochastic_sampling=True",
+        ),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), False, "num_train_timesteps=500"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), False, "invert_sigmas=True"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_named(
+    scheduler: SchedulerMixin, use_meanflow: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_scheduler(scheduler, use_meanflow=use_meanflow).rollout()
+
+
+# ----------------------------------------------------------------------------------------------------
+# State of a call
+
+
+def test_guidance_may_end_on_the_way() -> None:
+    pipe = pipeline(transformer(num_classes=5))
+    arguments = {"num_frames": 2, "class_labels": 3, "guidance_scale": 6.0, "output_type": "latent"}
+
+    def end(pipe: FARVideoPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        pipe._guidance_scale = 1.0
+        return tensors
+
+    guided = pipe(generator=generator(), **arguments).frames
+    ended = pipe(generator=generator(), callback_on_step_end=end, **arguments).frames
+    assert pipe.guidance_scale == 1.0
+    assert max_error(ended, guided) > 1e-3
+    plain = pipe(generator=generator(), **arguments | {"guidance_scale": 1.0}).frames
+    assert max_error(ended, plain) > 1e-3  # the first step was guided
+
+
+def test_a_second_call_at_once_is_refused(pipe: FARVideoPipeline) -> None:
+    def call_again(inner: FARVideoPipeline, *_: Any) -> dict:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="in a call already"):
+            pool.submit(inner, num_frames=2).result()
+        return {}
+
+    expected = call(pipe, num_frames=2)
+    assert torch.equal(call(pipe, num_frames=2, callback_on_step_end=call_again), expected)
+
+
+def test_a_call_that_failed_is_over(pipe: FARVideoPipeline) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        pipe(num_inference_steps=0)
+    assert call(pipe, num_frames=2).shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"guidance_scale": -1}, {"actions": [9] * 4}, {"num_frames": 1}, {"generator": [generator()] * 3}],
+)
+def test_all_is_checked_before_the_autoencoder_runs(
+    pipe: FARVideoPipeline, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe.vae, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        pipe(**{"video": torch.rand(2, 3, 64, 64), "num_frames": 4} | arguments)
+
+
+def test_a_stream_is_checked_when_it_is_made(pipe: FARVideoPipeline) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        pipe.stream(num_inference_steps=0)
+    with pytest.raises(ValueError, match="num_new_frames"):
+        pipe.stream(num_new_frames=-1)
+
+
+def test_noise_says_how_large_the_frames_are() -> None:
+    pipe = pipeline(sample_size=None)
+    assert pipe(num_frames=2, latents=latents(2, 2), output_type="pt").frames.shape == (2, 2, 3, 64, 64)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Context
+
+
+def test_a_checkpoint_knows_how_many_frames_it_was_trained_on(tmp_path: Path) -> None:
+    pipeline(long_transformer(num_actions=4), num_training_frames=6).save_pretrained(tmp_path)
+    pipe = FARVideoPipeline.from_pretrained(tmp_path)
+    assert pipe.config.num_training_frames == 6
+    rollout = pipe.rollout(video_latents=latents(1, 12))
+    assert rollout.context.positions == (7, 8, 9, 10, 11)
+    everything = pipe.rollout(video_latents=latents(1, 12), context_schedule=ContextSchedule.unbounded())
+    assert everything.context.positions == tuple(range(12))
+    with pytest.raises(ValueError, match="num_training_frames=0"):
+        pipeline(num_training_frames=0)
+
+
+def test_append_takes_videos_as_the_pipeline_does(pipe: FARVideoPipeline) -> None:
+    video = torch.rand(5, 3, 64, 64, generator=generator())
+    whole = pipe.rollout(video=video, generator=generator(), output_type="latent")
+    parts = pipe.rollout(video=video[:2], generator=generator(), output_type="latent")
+    parts.append(video[2:].movedim(1, -1).numpy())
+    assert relative_error(parts.step(1), whole.step(1)) <= TOLERANCE

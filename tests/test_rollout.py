@@ -2,12 +2,15 @@
 
 import gc
 import itertools
+import random
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_far import ContextSchedule, FARTransformer3DModel, Rollout
@@ -33,8 +36,9 @@ def make_rollout(model: FARTransformer3DModel, num_context: int = 3, **settings:
     if model.config.num_actions:
         conditions["context_actions"] = action_table(num_context)
     settings = {"num_inference_steps": STEPS} | conditions | settings
+    as_it_is = [lambda frames: frames] * 2
     return Rollout(
-        model, FlowMatchEulerDiscreteScheduler(), lambda frame: frame, latents(BATCH, num_context), **settings
+        model, FlowMatchEulerDiscreteScheduler(), *as_it_is, latents(BATCH, num_context), **settings
     )
 
 
@@ -269,6 +273,187 @@ def test_a_schedule_without_long_memory_ignores_old_frames() -> None:
     assert results[1] > 1e-4
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_schedules(seed: int) -> None:
+    """In one layer, cached and recomputed agree for every schedule."""
+    draw = random.Random(seed)
+    schedule = ContextSchedule(
+        max_short_frames=draw.choice([None, 1, 2, 3, 5]),
+        max_long_frames=draw.choice([None, 0, 1, 3, 6]),
+        num_sink_frames=draw.choice([0, 0, 1, 3]),
+    )
+    make = draw.choice([transformer, long_transformer])
+    model = make(num_layers=1, num_actions=4)
+    settings = {"flex_rope_slope": draw.choice([0.0, 0.3]), "context_schedule": schedule}
+    context = draw.choice([0, 3, 9])
+    cached, uncached = (roll(model, context, 6, **settings, use_cache=flag) for flag in (True, False))
+    assert relative_error(cached, uncached) <= TOLERANCE
+
+
+@pytest.mark.parametrize("max_short_frames", [None, 2])
+def test_a_window_alone_is_exact(max_short_frames: int | None) -> None:
+    schedule = ContextSchedule(max_short_frames, max_long_frames=0)
+    model = long_transformer(num_actions=4)
+    cached, uncached = (
+        roll(model, 6, 6, context_schedule=schedule, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert relative_error(cached, uncached) <= TOLERANCE
+
+
+def test_sinks_stay_right_before_the_newest_frames() -> None:
+    """The same frames in the same places give the same next frame, however long ago the sinks were."""
+    model = transformer(num_layers=1)
+    schedule = ContextSchedule(max_short_frames=3, num_sink_frames=1)
+    video = latents(BATCH, 9)
+    results = []
+    for frames in ([0, 7, 8], [0, 3, 4, 5, 6, 7, 8]):
+        rollout = make_rollout(model, 0, context_schedule=schedule)
+        rollout.append(video_latents=video[:, frames])
+        results.append(continue_rollout(rollout, 1))
+    assert relative_error(*results) <= TOLERANCE
+
+
+# ----------------------------------------------------------------------------------------------------
+# Verbs
+
+
+def test_append_is_as_if_the_frames_had_been_given() -> None:
+    model = long_transformer(num_actions=4)
+    video, actions = latents(BATCH, 9), action_table(9)
+    rollout = Rollout(
+        model,
+        FlowMatchEulerDiscreteScheduler(),
+        *[lambda frames: frames] * 2,
+        video[:, :2],
+        actions[:, :2],
+        num_inference_steps=STEPS,
+    )
+    rollout.step_latents(actions[:, 2], noise(BATCH, 1, 4, GRID, GRID))
+    rollout.rewind(1)
+    rollout.append(video[:, 2:6], actions[:, 2:6])
+    rollout.append(video_latents=video[:, 6:], actions=actions[:, 6:])
+    assert rollout.num_frames == 9
+    assert relative_error(continue_rollout(rollout, 2), roll(model, 9, 2)) <= TOLERANCE
+
+
+def test_append_refuses_what_does_not_fit() -> None:
+    rollout = make_rollout(transformer(num_actions=4))
+    for arguments, message in (
+        ({}, "video or video_latents"),
+        ({"video": latents(2, 1), "video_latents": latents(2, 1)}, "video or video_latents"),
+        ({"video_latents": latents(1, 2)}, r"video_latents has latents of shape \(1, 2"),
+        ({"video": latents(2, 2)[..., :4]}, "video has latents of shape"),
+        ({"video_latents": latents(2, 2), "actions": [1, 2, 3]}, "actions has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rollout.append(**arguments)
+    assert rollout.num_frames == 3
+
+
+@pytest.mark.parametrize("num_rewound", [1, 3, 6, 9])
+@pytest.mark.parametrize("name", ["base-actions", "long-actions"])
+def test_after_rewinding_it_is_as_if_the_frames_had_never_been(name: str, num_rewound: int) -> None:
+    """Also into the frames that were given, and over the edge of the window."""
+    model = MODELS[name]()
+    rollout = make_rollout(model, 6)
+    made = continue_rollout(rollout, 4)
+    rollout.rewind(num_rewound)
+    assert rollout.num_frames == 10 - num_rewound
+    start = torch.cat([latents(BATCH, 6), made], dim=1)[:, : 10 - num_rewound]
+    fresh = make_rollout(model, 0)
+    fresh.append(video_latents=start, actions=action_table(10 - num_rewound))
+    assert relative_error(continue_rollout(rollout, 3), continue_rollout(fresh, 3)) <= TOLERANCE
+
+
+def test_rewinding_too_far() -> None:
+    rollout = make_rollout(transformer(), 3, max_rewind_frames=2)
+    continue_rollout(rollout, 3)
+    with pytest.raises(ValueError, match="num_frames=3 must be 0 to 2"):
+        rollout.rewind(3)
+    rollout.rewind(2)
+    assert (rollout.num_frames, rollout.num_rewindable_frames) == (4, 0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_branches_of_a_fork_share_nothing_that_changes(use_cache: bool) -> None:
+    model = long_transformer(num_actions=4)
+    settings = {"use_cache": use_cache, "context_schedule": ContextSchedule(max_long_frames=2)}
+    expected = roll(model, 6, 5, **settings)
+    rollout = make_rollout(model, 6, **settings)
+    continue_rollout(rollout, 2)
+    branch = rollout.fork()
+    branch.rewind(3)
+    branch.append(video_latents=latents(BATCH, 4, seed=9))
+    branch.guidance_scale = 3.0
+    continue_rollout(branch, 2)
+    rollout.rewind(2)
+    assert relative_error(continue_rollout(rollout, 5), expected) <= TOLERANCE
+
+
+def test_forks_draw_the_same_noise_on_their_own() -> None:
+    rollout = make_rollout(transformer(), generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    branch = rollout.fork()
+    assert torch.equal(rollout.step(), branch.step())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_state_goes_on_exactly(use_cache: bool, tmp_path: Path) -> None:
+    """Through a file, after frames were dropped that cached ones remember."""
+    model = long_transformer(num_classes=5, num_actions=4)
+    settings = {
+        "use_cache": use_cache,
+        "context_schedule": ContextSchedule(max_long_frames=2, num_sink_frames=1, refresh_interval=3),
+        "guidance_scale": 2.0,
+    }
+    rollout = make_rollout(model, 6, **settings, generator=torch.Generator().manual_seed(1))
+    continue_rollout(rollout, 4)
+    save_file({name: value.contiguous() for name, value in rollout.state_dict().items()}, tmp_path / "game")
+    other = make_rollout(model, 2, **settings, generator=torch.Generator())
+    other.load_state_dict(load_file(tmp_path / "game"))
+    for _ in range(4):
+        assert torch.equal(other.step(1), rollout.step(1))
+    other.rewind(6)
+    rollout.rewind(6)
+    assert relative_error(other.step(2), rollout.step(2)) <= TOLERANCE
+    other.reset()
+    assert other.num_frames == 6
+
+
+def test_a_state_of_another_rollout() -> None:
+    state = make_rollout(transformer()).state_dict()
+    for other, message in (
+        (make_rollout(transformer(), use_cache=False), "use_cache: True; this one has False"),
+        (make_rollout(transformer(), generator=torch.Generator()), "generators: 0; this one has 1"),
+        (make_rollout(transformer(num_layers=1)), "state has keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+
+
+def test_begun_under_inference_mode() -> None:
+    expected = roll(long_transformer(num_actions=4), 6, 4)
+    with torch.inference_mode():
+        rollout = make_rollout(long_transformer(num_actions=4), 6)
+        first = continue_rollout(rollout, 1)
+    made = []
+    for index in range(1, 4):
+        action = action_table(rollout.num_frames + 1)[:, -1]
+        made.append(rollout.step_latents(action, noise(BATCH, 1, 4, GRID, GRID, seed=100 + index)))
+    assert relative_error(torch.cat([first, *made], dim=1), expected) <= TOLERANCE
+
+
+def test_a_frame_that_is_not_finite_is_not_kept() -> None:
+    rollout = make_rollout(transformer(), 3)
+    with pytest.raises(FloatingPointError, match="frame 3 came out"):
+        rollout.step_latents(callback=lambda index, timestep, frame: frame * float("nan"))
+    assert rollout.num_frames == 3
+    assert relative_error(continue_rollout(rollout, 1), roll(transformer(), 3, 1)) <= TOLERANCE
+
+
+# ----------------------------------------------------------------------------------------------------
+# Memory
+
+
 def count_tensors() -> tuple[int, int]:
     """Live tensors and their bytes."""
     gc.collect()
@@ -297,7 +482,7 @@ def test_a_bounded_rollout_runs_in_constant_memory(
         if frame in (num_frames // 4, num_frames):
             state.append((rollout.cache.num_bytes, len(rollout._latents), len(rollout._actions)))
             state[-1] += count_tensors()
-        if frame == num_frames * 3 // 4 + 20:
+        if frame == num_frames * 3 // 4 + 70:  # what `rewind` may need has been replaced once
             traced = tracemalloc.get_traced_memory()[0]
         rollout.step(frame % 4)
     grown = tracemalloc.get_traced_memory()[0] - traced
@@ -308,12 +493,16 @@ def test_a_bounded_rollout_runs_in_constant_memory(
     assert torch.isfinite(rollout.step(0)).all()
 
 
-def test_an_unbounded_long_rollout_keeps_pixels_of_its_window_only() -> None:
-    rollout = make_rollout(long_transformer(num_actions=4), 10)
+def test_a_rollout_keeps_latents_of_its_context_and_for_rewinding() -> None:
+    schedule = ContextSchedule(max_long_frames=2, num_sink_frames=1)
+    rollout = make_rollout(
+        long_transformer(num_actions=4), 10, context_schedule=schedule, max_rewind_frames=2
+    )
     continue_rollout(rollout, 3)
-    assert sorted(rollout._latents) == [9, 10, 11, 12]
-    assert rollout.cache.long_frames == list(range(9))
-    assert sorted(rollout.cache.short_frames) == [9, 10, 11]
+    assert rollout.context.long == (0, 8, 9) and rollout.context.short == (10, 11, 12)
+    # After two frames less, the context would be 0, 6, 7 and 8, 9, 10.
+    assert sorted(rollout._latents) == [0, 6, 7, 8, 9, 10, 11, 12]
+    assert rollout.num_rewindable_frames == 2
 
 
 def test_reset_goes_back_to_the_context() -> None:
@@ -347,7 +536,8 @@ def test_rollouts_do_not_disturb_each_other() -> None:
 def test_the_callers_scheduler_and_context_stay_as_they_are() -> None:
     scheduler, context = FlowMatchEulerDiscreteScheduler(), latents(BATCH, 3)
     before = scheduler.timesteps.clone()
-    rollout = Rollout(transformer(), scheduler, lambda frame: frame, context, num_inference_steps=2)
+    as_it_is = [lambda frames: frames] * 2
+    rollout = Rollout(transformer(), scheduler, *as_it_is, context, num_inference_steps=2)
     rollout.step()
     assert torch.equal(scheduler.timesteps, before)
     assert torch.equal(context, latents(BATCH, 3))

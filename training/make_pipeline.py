@@ -44,6 +44,7 @@ def main(command_line: list[str]) -> None:
     )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="default denoising steps")
     parser.add_argument("--flex_rope_slope", type=float, default=0.0, help="default of FlexRoPE's decay")
+    parser.add_argument("--num_training_frames", type=int, help="frames of the longest training clip")
     parser.add_argument("--sample_size", type=int, help="default height and width of frames in pixels")
     parser.add_argument("--action_names", nargs="+", help="what the actions are called, in order")
     parser.add_argument(
@@ -67,6 +68,7 @@ def main(command_line: list[str]) -> None:
         flex_rope_slope=arguments.flex_rope_slope,
         num_inference_steps=arguments.num_inference_steps,
         sample_size=arguments.sample_size,
+        num_training_frames=arguments.num_training_frames,
         action_names=arguments.action_names,
     ).to(getattr(torch, arguments.dtype))
     partial = arguments.output.with_name(arguments.output.name + ".partial")

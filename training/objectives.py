@@ -21,6 +21,7 @@ from diffusers_far.flow_matching import (
     sample_sigmas,
     velocity_target,
 )
+from diffusers_far.kv_cache import Slot
 from training.clips import Clips
 from training.matmul_attn_processor import MatmulAttnProcessor
 
@@ -140,7 +141,7 @@ class FlowMap:
         timestep = torch.full(frames.shape[:2], CLEAN_TIMESTEP, device=frames.device)
         labels = {"class_labels": clips.class_labels, "actions": clips.actions}
         model(frames, timestep, **labels, cache=cache, num_long_frames=num_before)
-        cache.append(range(num_before), range(num_before, num_frames))
+        cache.commit([Slot(frame, frame < num_before, frame) for frame in range(num_frames)])
         return cache
 
     def velocity(
@@ -158,7 +159,7 @@ class FlowMap:
             end: by default `start`: the velocity of the instant.
         """
         window = clips.window
-        positions = torch.arange(context.next_frame - window, context.next_frame, device=frames.device)
+        positions = torch.arange(context.next_position - window, context.next_position, device=frames.device)
         with self.processor.copies(window):
             return model(
                 frames,

@@ -25,11 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusers_far import FARTransformer3DModel
+from evaluation.memory_loss import memory_loss
 from training.clips import ClipBatches, Clips, LatentVideos
 from training.matmul_attn_processor import MatmulAttnProcessor
 from training.objectives import FlowMap, FlowMatching
 from training.options import FAROptions, ModelOptions, errors_in_one_line, parse
 from training.run import Run
+
+MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
 
 
 class FARTrainer:
@@ -124,7 +127,21 @@ class FARTrainer:
                 for index in range(self.options.validation_batches)
             ]
             means[name] = float(run.accelerator.reduce(torch.stack(losses).mean(), "mean"))
-        return means
+        return means | self._memory_losses(batches.videos)
+
+    def _memory_losses(self, videos: LatentVideos) -> dict[str, float]:
+        """Of a Long model: the loss of noisy windows after right and wrong long-term frames (held out)."""
+        num_frames = min(MEMORY_FRAMES, self.options.num_frames, *videos.num_frames)
+        window = self.run.model.short_window
+        if window is None or num_frames <= window or len(videos) < 2:
+            return {}
+        chosen = range(min(MEMORY_VIDEOS, len(videos)))
+        latents = torch.stack([videos.clip(video, 0, num_frames) for video in chosen])
+        actions = [videos.actions[video] for video in chosen]
+        known = None if actions[0] is None else torch.stack([values[:num_frames] for values in actions])
+        with self.run.accelerator.autocast():
+            losses = memory_loss(self.run.model, latents, known, num_frames, torch.Generator().manual_seed(0))
+        return {f"memory_{name}": value for name, value in losses.items()}
 
     def save_weights(self) -> None:
         self.run.export("ema", self.run.model.save_pretrained)

@@ -65,6 +65,7 @@ def convert(
     output: Path,
     flex_rope_slope: float = 0.0,
     sample_size: int | None = None,
+    num_training_frames: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> FARVideoPipeline:
     """Write the pipeline folder `output`, which must not exist or be empty; on any error nothing is left.
@@ -72,6 +73,7 @@ def convert(
     Args:
         flex_rope_slope: the pipeline's default temporal decay.
         sample_size: the pipeline's default height and width in pixels.
+        num_training_frames: frames of the longest clip that the model was trained with.
         dtype: of the weights written; None keeps those of the files.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -94,6 +96,7 @@ def convert(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000),
         flex_rope_slope=flex_rope_slope,
         sample_size=sample_size,
+        num_training_frames=num_training_frames,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
@@ -158,6 +161,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--config", type=Path, metavar="FAR.json", help="the authors' configuration")
     parser.add_argument("--autoencoder-config", type=Path, metavar="DCAE.json", help="of AutoencoderDC")
+    parser.add_argument(
+        "--num-training-frames",
+        type=int,
+        help="of the longest training clip; with --config (default: unknown)",
+    )
     parser.add_argument("--reverse", type=Path, metavar="DIR", help="convert this pipeline folder back")
     parser.add_argument(
         "--output", type=Path, required=True, help="pipeline folder, or FAR.pth with --reverse"
@@ -173,6 +181,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("needs FAR.pth and --autoencoder DCAE.pth")
     elif (options.preset is None and not all(configs)) or (options.preset is not None and any(configs)):
         parser.error("needs either --preset, or both --config and --autoencoder-config")
+    if options.num_training_frames is not None and options.config is None:
+        parser.error("--num-training-frames goes with --config: presets know it")
     return options
 
 
@@ -182,12 +192,12 @@ def run(options: argparse.Namespace) -> None:
         zeros = convert_back(options.reverse, options.output, options.autoencoder)
         print(f"{options.output}: written" + (f", with zeros for {', '.join(zeros)}" if zeros else ""))
         return
-    slope, sample_size = 0.0, None
+    slope, sample_size, num_training_frames = 0.0, None, options.num_training_frames
     autoencoder_config: Mapping[str, Any]
     if options.preset is not None:
         published = preset(options.preset)
         transformer_config, autoencoder_config = published.transformer, published.autoencoder
-        sample_size = published.resolution
+        sample_size, num_training_frames = published.resolution, published.num_frames
     else:
         published_config = read_json_object(options.config)
         try:
@@ -203,6 +213,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         flex_rope_slope=slope,
         sample_size=sample_size,
+        num_training_frames=num_training_frames,
         dtype=DTYPES.get(options.dtype),
     )
     millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6

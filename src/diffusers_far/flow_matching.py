@@ -7,9 +7,11 @@ are `1000 * sigma`, and `CLEAN_TIMESTEP` marks a frame that is given as it is.
 import math
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 CLEAN_TIMESTEP = -1.0
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -101,3 +103,63 @@ def frame_loss(prediction: Tensor, target: Tensor, clean: Tensor) -> Tensor:
     error = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4))
     noisy = (~clean).to(error.dtype)
     return ((error * noisy).sum(dim=1) / noisy.sum(dim=1).clamp(min=1)).mean()
+
+
+def check_scheduler(scheduler: SchedulerMixin, any_step: bool) -> None:
+    """Raise a ValueError for a scheduler of diffusers that cannot sample this model.
+
+    Args:
+        scheduler: takes velocities of flow matching: one of `FlowMatch...`, or a solver that is told to.
+        any_step: whether the model predicts mean velocities; only Euler's steps know what to do with them.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    told = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    if not name.startswith("FlowMatch") and not told:
+        raise ValueError(
+            f"scheduler={name} is not set to flow matching, and this model predicts its velocities; it takes "
+            "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, or a "
+            "solver such as UniPCMultistepScheduler with use_flow_sigmas=True and "
+            "prediction_type='flow_prediction'"
+        )
+    for option, takes in (("num_train_timesteps", NUM_TRAIN_TIMESTEPS), ("invert_sigmas", False)):
+        if config.get(option, takes) != takes:
+            raise ValueError(f"scheduler={name} has {option}={config[option]}; this model takes {takes}")
+    euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    if any_step and (not euler or config.get("stochastic_sampling")):
+        how = "stochastic_sampling=True" if euler else "its own way of stepping"
+        raise ValueError(
+            f"scheduler={name} with {how}: an any-step model (use_meanflow) predicts where a step ends, "
+            "which only FlowMatchEulerDiscreteScheduler without stochastic sampling uses"
+        )
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    device: torch.device,
+    num_tokens: int,
+    any_step: bool,
+) -> None:
+    """Set the noise levels of a frame's denoising steps.
+
+    Args:
+        num_tokens: of a frame; a scheduler with dynamic shifting shifts its levels by it.
+        any_step: take equal steps to zero. As published, the last step goes from 1/1000 to zero, which a
+            model of mean velocities would spend a forward on for nothing.
+    """
+    arguments: dict[str, object] = {"device": device}
+    if any_step:
+        arguments["sigmas"] = [1 - index / num_inference_steps for index in range(num_inference_steps)]
+    else:
+        arguments["num_inference_steps"] = num_inference_steps
+    if scheduler.config.get("use_dynamic_shifting"):
+        get = scheduler.config.get
+        tokens, shifts = (
+            (get("base_image_seq_len", 256), get("max_image_seq_len", 4096)),
+            (get("base_shift", 0.5), get("max_shift", 1.15)),
+        )
+        share = (num_tokens - tokens[0]) / (tokens[1] - tokens[0])
+        arguments["mu"] = shifts[0] + share * (shifts[1] - shifts[0])
+    scheduler.set_timesteps(**arguments)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # saves a look-up that waits for the device

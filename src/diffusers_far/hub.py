@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import PushToHubMixin
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
+
+from .kv_cache import Slot
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 NOT_STATED = "Not stated."
@@ -62,7 +65,7 @@ def count_flops(model: Any, grid: int, num_context: int = 16) -> int:
     context = torch.zeros(1, num_context, *shape, device=model.device, dtype=model.dtype)
     clean = torch.full((1, num_context), -1.0, device=model.device)
     model(context, clean, cache=cache, num_long_frames=0)
-    cache.append(short_frames=range(num_context))
+    cache.commit([Slot(frame, is_long=False, position=frame) for frame in range(num_context)])
     with FlopCounterMode(display=False) as counter:
         model(context[:, :1], clean[:, :1] * 0 + 500, cache=cache)
     return int(counter.get_total_flops())
@@ -108,28 +111,32 @@ def fill_model_card(
     )
 
 
-class FARPushToHubMixin:
-    """`push_to_hub` with our model card in place of a bare one."""
+def upload_folder(
+    model: Any,
+    working_dir: str | os.PathLike[str],
+    repo_id: str,
+    token: str | None = None,
+    subfolder: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The last step of diffusers' `push_to_hub`, with our model card in place of its bare one.
 
-    def push_to_hub(self, repo_id: str, *, model_card: ModelCard | None = None, **kwargs: Any) -> str:
-        """Save to the Hub, with a card.
+    A repository that has a card keeps it.
 
-        Args:
-            repo_id: "name/repository"; created where it does not exist.
-            model_card: by default one that states what the configuration says.
-            kwargs: as for diffusers: `private`, `token`, `commit_message`, `create_pr`, `variant`, ...
-        """
-        url: str = super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("create_pr"):  # a pull request has diffusers' card
-            card = model_card or fill_model_card(self, repo_id)
-            api = HfApi(token=kwargs.get("token"))
-            api.upload_file(
-                path_or_fileobj=str(card).encode(),
-                path_in_repo="README.md",
-                repo_id=repo_id,
-                commit_message="Model card",
-            )
-        return url
+    Args:
+        model: FARVideoPipeline or FARTransformer3DModel.
+        working_dir: what diffusers has saved, and is to be uploaded.
+        repo_id: "name/repository".
+        token: by default the one of `hf auth login`.
+        subfolder: where in the repository; the card is written only if it is the root.
+        kwargs: `commit_message` and `create_pr`.
+    """
+    card = Path(working_dir) / "README.md"
+    if not subfolder and card.is_file() and not HfApi(token=token).file_exists(repo_id, card.name):
+        fill_model_card(model, repo_id).save(card)
+    return PushToHubMixin._upload_folder(
+        model, working_dir, repo_id, token=token, subfolder=subfolder, **kwargs
+    )
 
 
 def push_folder(
@@ -141,7 +148,7 @@ def push_folder(
     token: str | None = None,
     sample_video: str | os.PathLike[str] | None = None,
 ) -> str:
-    """Upload a pipeline's folder as it is, in one commit, with a model card if it has none.
+    """Upload a pipeline's folder as it is, in one commit, with a model card if there is none.
 
     Args:
         folder: of the pipeline.
@@ -165,7 +172,7 @@ def push_folder(
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    if "README.md" not in files:
+    if "README.md" not in files and not api.file_exists(repo_id, "README.md", revision=revision):
         card = str(fill_model_card(pipeline, repo_id))
         operations.append(CommitOperationAdd("README.md", card.encode()))
     if sample_video is not None:

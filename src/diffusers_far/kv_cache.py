@@ -3,11 +3,12 @@
 Two levels, as in section 3.4 of the paper: long-term frames (few tokens each, encoded once) and short-term
 frames. One buffer per layer holds `[context | scratch]`, the context frame by frame. A forward writes its own
 keys and values into the scratch behind the context and attends to everything up to there, so nothing is
-concatenated; `append` then makes scratch part of the context. Keys are stored after RoPE, hence the order of
+concatenated; `commit` then makes scratch part of the context. Keys are stored after RoPE, hence the order of
 frames is free.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """A frame of the context: its position in the video, and its level."""
+    """A frame of the context: its index in the video, its level, and the place in time that RoPE gives it."""
 
     frame: int
     is_long: bool
+    position: int
 
 
 class LayerCache:
@@ -48,7 +50,8 @@ class FARCache:
     """Two-level cache of a FAR rollout.
 
     The model only reads the context (and uses the scratch behind it); the verbs below are the caller's.
-    Frames are named by their position in the video.
+    Before a frame is made, `reconcile` drops what is no longer context and tells what is missing; a forward
+    computes that, and `commit` keeps it.
 
     Args:
         num_layers: layers of the model.
@@ -80,8 +83,9 @@ class FARCache:
         self.long_tokens = long_tokens
         self.block_tokens = block_tokens
         self.slots: list[Slot] = []  # in the order of the buffers
+        self._scratch: tuple[int, int] | None = None  # long-term and short-term frames of the last forward
         self.num_tokens = 0
-        self.reserve(1)
+        self._reserve(1)
         self._sync()
 
     @property
@@ -105,18 +109,23 @@ class FARCache:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def key_positions(self, device: torch.device) -> Tensor:
-        """`[num_tokens]` frame of each context token."""
+        """`[num_tokens]` place in time of each context token."""
         return self._key_positions.to(device)
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens of scratch behind the context."""
+    def begin(self, num_long_frames: int, num_short_frames: int) -> None:
+        """Make room for the frames of a forward behind the context; the model calls it."""
+        self._scratch = (num_long_frames, num_short_frames)
+        self._reserve(num_long_frames * self.long_tokens + num_short_frames * self.short_tokens)
+
+    def _reserve(self, num_tokens: int) -> None:
         needed = self.num_tokens + num_tokens
         if needed <= self.layers[0].keys.shape[1]:
             return
         capacity = -(-needed // self.block_tokens) * self.block_tokens
-        for layer in self.layers:  # one after another: only one layer is ever held twice
-            layer.keys = self._grown(layer.keys, capacity)
-            layer.values = self._grown(layer.values, capacity)
+        with torch.inference_mode(False):  # so that a rollout begun under inference mode can go on outside
+            for layer in self.layers:  # one after another: only one layer is ever held twice
+                layer.keys = self._grown(layer.keys, capacity)
+                layer.values = self._grown(layer.values, capacity)
 
     def _grown(self, buffer: Tensor, capacity: int) -> Tensor:
         batch_size, _, num_heads, head_dim = buffer.shape
@@ -124,33 +133,94 @@ class FARCache:
         grown[:, : self.num_tokens] = buffer[:, : self.num_tokens]
         return grown
 
-    def append(self, long_frames: Iterable[int] = (), short_frames: Iterable[int] = ()) -> None:
-        """Make the last forward's frames, in its order, part of the context."""
-        self.slots += [Slot(frame, is_long=True) for frame in long_frames]
-        self.slots += [Slot(frame, is_long=False) for frame in short_frames]
-        self._sync()
+    def reconcile(self, context: Sequence[Slot]) -> list[Slot]:
+        """Forget what is not in `context`; return what is missing of it, in its order.
 
-    def drop_long(self, frame: int) -> None:
-        """Forget one long-term frame. Frames that saw it stay as they are."""
-        self._drop(Slot(frame, is_long=True))
+        Frames that saw a forgotten one stay as they are.
+        """
+        wanted = set(context)
+        for slot in [slot for slot in self.slots if slot not in wanted]:
+            self._drop(slot)
         self._sync()
+        held = set(self.slots)
+        return [slot for slot in context if slot not in held]
 
-    def drop_short(self, frame: int) -> None:
-        """Forget one short-term frame. Frames that saw it stay as they are."""
-        self._drop(Slot(frame, is_long=False))
+    def commit(self, slots: Iterable[Slot]) -> None:
+        """Make the first frames of the last forward part of the context.
+
+        Args:
+            slots: these frames, in the order of the forward: long-term ones first.
+
+        Raises:
+            ValueError: when the last forward did not hold them, or they are context already.
+        """
+        slots = list(slots)
+        num_long = sum(slot.is_long for slot in slots)
+        num_short, scratch = len(slots) - num_long, self._scratch or (0, 0)
+        in_order = all(slot.is_long for slot in slots[:num_long])
+        fits = num_long == scratch[0] and num_short <= scratch[1] if num_short else num_long <= scratch[0]
+        if not in_order or not fits:
+            raise ValueError(
+                f"slots={slots} are not the first frames of the last forward, which held {scratch[0]} "
+                f"long-term and {scratch[1]} short-term frames that are not context yet"
+            )
+        if held := {slot.frame for slot in slots} & {slot.frame for slot in self.slots}:
+            raise ValueError(f"slots={slots}: frames {sorted(held)} are in the cache already")
+        self.slots += slots
+        self._scratch = None
         self._sync()
 
     def clear_short(self) -> None:
         """Forget the short-term level."""
-        for frame in reversed(self.short_frames):
-            self._drop(Slot(frame, is_long=False))
+        for slot in [slot for slot in reversed(self.slots) if not slot.is_long]:
+            self._drop(slot)
+        self._sync()
+
+    def copy(self) -> "FARCache":
+        """A cache of the same context that shares nothing with this one."""
+        copied = copy.copy(self)
+        copied.slots, copied._scratch = list(self.slots), None
+        with torch.inference_mode(False):
+            copied.layers = [LayerCache(layer.keys.clone(), layer.values.clone()) for layer in self.layers]
+        copied._sync()
+        return copied
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The context: `slots` `[F, 3]`, `keys` and `values` `[layers, B, tokens, heads, head_dim]`."""
+        keys, values = (
+            torch.stack([getattr(layer, part)[:, : self.num_tokens] for layer in self.layers])
+            for part in ("keys", "values")
+        )
+        slots = torch.tensor(self.slots, dtype=torch.long).view(-1, 3)
+        return {"slots": slots, "keys": keys, "values": values}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hold the context of `state_dict`.
+
+        Raises:
+            ValueError: for that of another model, or of another number of sequences.
+        """
+        keys, buffer = state["keys"], self.layers[0].keys
+        found = (keys.shape[0], keys.shape[1], *keys.shape[3:])
+        takes = (len(self.layers), buffer.shape[0], *buffer.shape[2:])
+        slots = [Slot(frame, bool(is_long), position) for frame, is_long, position in state["slots"].tolist()]
+        self.reset()
+        self.begin(sum(slot.is_long for slot in slots), sum(not slot.is_long for slot in slots))
+        num_tokens = sum(self.long_tokens if slot.is_long else self.short_tokens for slot in slots)
+        if found != takes or keys.shape[2] != num_tokens:
+            raise ValueError(
+                f"state has keys {list(keys.shape)} of {len(slots)} frames; this cache takes {list(takes)} "
+                f"(layers, sequences, heads, channels) with {num_tokens} tokens"
+            )
+        for layer, key, value in zip(self.layers, keys, state["values"], strict=True):
+            layer.extend(key.to(buffer.device), value.to(buffer.device))
+        self.slots = slots
+        self._scratch = None
         self._sync()
 
     def _drop(self, slot: Slot) -> None:
-        frames = self.long_frames if slot.is_long else self.short_frames
-        if slot.frame not in frames:
-            raise ValueError(f"frame={slot.frame} is not in the cache, which holds {frames}")
-        hole, last = self.slots.index(slot), self.slots.index(Slot(frames[-1], slot.is_long))
+        hole = self.slots.index(slot)
+        last = max(index for index, other in enumerate(self.slots) if other.is_long == slot.is_long)
         ends = list(accumulate(self._sizes()))
         size = self.long_tokens if slot.is_long else self.short_tokens
         # The last frame of this level moves into the hole, and what lies behind that frame moves up.
@@ -167,15 +237,15 @@ class FARCache:
 
     def reset(self) -> None:
         """Forget all frames and keep the buffers."""
-        self.slots = []
+        self.slots, self._scratch = [], None
         self._sync()
 
     def _sync(self) -> None:
         # Numbers and a tensor: a compiled forward that read the lists would be compiled anew every frame.
-        frames, sizes = [slot.frame for slot in self.slots], self._sizes()
+        places, sizes = [slot.position for slot in self.slots], self._sizes()
         self.num_tokens = sum(sizes)  # of context
-        self.next_frame = max(frames, default=-1) + 1  # after the latest one
-        positions, repeats = torch.tensor([frames, sizes], dtype=torch.long)
+        self.next_position = max(places, default=-1) + 1  # after the latest one
+        positions, repeats = torch.tensor([places, sizes], dtype=torch.long)
         positions = positions.repeat_interleave(repeats, output_size=self.num_tokens)
         self._key_positions = positions.to(self.layers[0].keys.device)
         # A compiled forward takes any number of tokens from the start, instead of one number and then any.

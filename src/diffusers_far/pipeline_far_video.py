@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +11,15 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
 from .context_schedule import ContextSchedule
-from .hub import FARPushToHubMixin
 from .pipeline_inputs import (
     Labels,
     check_action_names,
     check_integer,
-    check_number,
     check_size,
     check_tensor,
     empty_videos,
@@ -29,7 +27,7 @@ from .pipeline_inputs import (
     num_videos,
     video_tensor,
 )
-from .rollout import Rollout
+from .rollout import Rollout, check_settings
 from .transformer_far import FARTransformer3DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -53,7 +51,10 @@ class _Interrupted(Exception):
     """Leaves the denoising loop of an interrupted call."""
 
 
-class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
+_BEGIN_OF_CALLS = threading.Lock()
+
+
+class FARVideoPipeline(DiffusionPipeline):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
 
     Args:
@@ -64,6 +65,8 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default height and width of videos in pixels, kept with the checkpoint.
         action_names: what each action is called, kept with the checkpoint.
+        num_training_frames: frames of the longest clip that the model was trained with, kept with the
+            checkpoint; by default a context has no more. None: unknown, and a context keeps everything.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -78,6 +81,7 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         num_inference_steps: int = 50,
         sample_size: int | None = None,
         action_names: list[str] | None = None,
+        num_training_frames: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -86,18 +90,23 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             sample_size=sample_size,
             action_names=action_names,
+            num_training_frames=num_training_frames,
         )
+        if num_training_frames is not None:
+            check_integer("num_training_frames", num_training_frames, minimum=1)
         check_action_names(action_names, getattr(self, "transformer", None))
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
+        self._in_call = False
         self._new_latents: list[Tensor] = []
         self._context_latents: Tensor | None = None
 
     @property
     def guidance_scale(self) -> float:
+        """That of the running call. A callback may set `_guidance_scale` for the steps after it."""
         return self._guidance_scale
 
     @property
@@ -106,6 +115,7 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
+        """Denoising steps of the running call, over all its frames, as a callback counts them."""
         return self._num_timesteps
 
     @property
@@ -136,7 +146,7 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         use_cache: bool = True,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -158,12 +168,15 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
             num_inference_steps: denoising steps per frame; by default the checkpoint's.
             flex_rope_slope: FlexRoPE's decay of logits per frame of distance; by default the checkpoint's.
             rope_interpolation: divide RoPE's frame positions by this ratio, for comparison with FlexRoPE.
-            context_schedule: what is kept as context; by default everything.
-            generator: one for all, or one per video.
+            context_schedule: what is kept as context; by default as many frames as the model was trained with
+                (`num_training_frames` of the checkpoint), the newest ones.
+            generator: one for all, or one per video. Noise is drawn frame by frame, so that a call, a stream
+                and a rollout give the same frames for the same seed.
             latents: noise `[B, new frames, C, h, w]` instead of a draw from the generator.
-            height, width: size of the frames in pixels, by default the checkpoint's `sample_size`, else that
-                of `video`; a `video` of another size is resized to cover it and cropped at the centre.
-            batch_size: videos to make when neither `video` nor labels say how many.
+            height, width: size of the frames in pixels, by default that of `latents`, else the checkpoint's
+                `sample_size`, else that of `video`; a `video` of another size is resized to cover it and
+                cropped at the centre.
+            batch_size: videos to make where nothing else says how many; by default one.
             use_cache: see [`Rollout`].
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after every denoising step,
@@ -174,49 +187,61 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         Raises:
             ValueError: for an argument that does not fit; it says what it got and what it takes.
         """
-        check_integer("num_frames", num_frames, minimum=1)
         tensor_inputs = list(callback_on_step_end_tensor_inputs)
         if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs={tensor_inputs} takes some of {known}")
-        self._interrupt = False
-        self._new_latents = []
-        context = self.prepare_context(video, video_latents, class_labels, actions, height, width, batch_size)
-        self._context_latents = context
-        num_context, num_new = context.shape[1], num_frames - context.shape[1]
-        if num_new < 1:
-            raise ValueError(f"num_frames={num_frames} must be more than the {num_context} context frames")
-        action_table = self.prepare_actions(actions, context.shape[0], num_frames)
-        rollout = self.rollout(
-            video_latents=context,
-            context_actions=None if action_table is None else action_table[:, :num_context],
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            flex_rope_slope=flex_rope_slope,
-            rope_interpolation=rope_interpolation,
-            context_schedule=context_schedule,
-            generator=generator,
-            use_cache=use_cache,
-            output_type=output_type,
-        )
-        noise = self.prepare_latents(latents, context, num_new, generator)
-        with self.progress_bar(total=num_new) as frame_bar:
-            frame_bar.set_description("frames")
-            for index in range(num_new):
-                frame = self._denoise_frame(
-                    rollout,
-                    None if action_table is None else action_table[:, num_context + index],
-                    noise[:, index : index + 1],
-                    index,
-                    callback_on_step_end,
-                    tensor_inputs,
+        check_integer("num_frames", num_frames, minimum=1)
+        with _BEGIN_OF_CALLS:
+            if self._in_call:
+                raise RuntimeError(
+                    "this pipeline is in a call already, whose state it holds; make a pipeline of the same "
+                    "parts for each thread: FARVideoPipeline(**pipe.components)"
                 )
-                if frame is None:
-                    break
-                self._new_latents.append(frame)
-                frame_bar.update()
-        frames = self.frames_so_far(output_type)
+            self._in_call = True
+        try:
+            rollout, action_table, noise = self._begin(
+                video=video,
+                video_latents=video_latents,
+                actions=actions,
+                num_frames=num_frames,
+                class_labels=class_labels,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                flex_rope_slope=flex_rope_slope,
+                rope_interpolation=rope_interpolation,
+                context_schedule=context_schedule,
+                generator=generator,
+                latents=latents,
+                height=height,
+                width=width,
+                batch_size=batch_size,
+                use_cache=use_cache,
+                output_type=output_type,
+            )
+            num_context = rollout.num_frames
+            self._interrupt = False
+            self._guidance_scale = guidance_scale
+            self._num_timesteps = rollout.num_timesteps * (num_frames - num_context)
+            self._new_latents, self._context_latents = [], rollout.context_latents
+            with self.progress_bar(total=num_frames - num_context) as frame_bar:
+                frame_bar.set_description("frames")
+                for index in range(num_frames - num_context):
+                    frame = self._denoise_frame(
+                        rollout,
+                        None if action_table is None else action_table[:, num_context + index],
+                        None if noise is None else noise[:, index : index + 1],
+                        index,
+                        callback_on_step_end,
+                        tensor_inputs,
+                    )
+                    if frame is None:
+                        break
+                    self._new_latents.append(frame)
+                    frame_bar.update()
+            frames = self.frames_so_far(output_type)
+        finally:
+            self._in_call = False
         self.maybe_free_model_hooks()
         return FARVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -224,13 +249,13 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         self,
         rollout: Rollout,
         action: Tensor | None,
-        noise: Tensor,
+        noise: Tensor | None,
         index: int,
         callback: StepCallback | None,
         tensor_inputs: Sequence[str],
     ) -> Tensor | None:
         """One frame `[B, 1, C, h, w]`, or None when interrupted on the way."""
-        with self.progress_bar(total=self.num_timesteps) as step_bar:
+        with self.progress_bar(total=rollout.num_timesteps) as step_bar:
             step_bar.set_description("steps")
             step_bar.leave = False
 
@@ -238,8 +263,10 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
                 if callback is not None:
                     tensors = {"latents": latents}
                     callback_kwargs = {name: tensors[name] for name in tensor_inputs}
-                    returned = callback(self, index * self.num_timesteps + step, timestep, callback_kwargs)
+                    number = index * rollout.num_timesteps + step
+                    returned = callback(self, number, timestep, callback_kwargs)
                     latents = (returned or {}).get("latents", latents)
+                    rollout.guidance_scale = self._guidance_scale
                 step_bar.update()
                 if self.interrupt:
                     raise _Interrupted
@@ -282,52 +309,38 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         generator: Generators | None = None,
         height: int | None = None,
         width: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         use_cache: bool = True,
+        max_rewind_frames: int = 64,
         output_type: str = "pil",
     ) -> Rollout:
         """A video to continue step by step: `frame = rollout.step(action=2)`.
 
         Arguments as for a call, but `context_actions` `[B, T]` or `[T]` are those of the T given frames only.
         A step returns one frame per video: "pil": a list of images; "np": `[B, H, W, 3]`; "pt":
-        `[B, 3, H, W]`; "latent": `[B, C, h, w]`.
+        `[B, 3, H, W]`; "latent": `[B, C, h, w]`. [`Rollout`] has the other verbs.
         """
-        context = self.prepare_context(
-            video, video_latents, class_labels, context_actions, height, width, batch_size
-        )
-        actions = self.prepare_actions(
-            context_actions, context.shape[0], context.shape[1], name="context_actions"
-        )
-        num_classes, device = self.transformer.config.num_classes, self._execution_device
-        labels = label_tensor("class_labels", class_labels, num_classes, (context.shape[0],), device)
-        if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
-        if flex_rope_slope is None:
-            flex_rope_slope = self.config.flex_rope_slope
-        settings: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "num_inference_steps": num_inference_steps,
-            "flex_rope_slope": flex_rope_slope,
-            "rope_interpolation": rope_interpolation,
-            "context_schedule": context_schedule,
-            "generator": generator,
-        }
-        self.check_inputs(context.shape[0], output_type, **settings)
-        self._guidance_scale = guidance_scale
-        self._num_timesteps = num_inference_steps
-        return Rollout(
-            self.transformer,
-            self.scheduler,
-            lambda latents: self._decode_frame(latents, output_type),
-            context,
-            context_actions=actions,
-            class_labels=labels,
+        return self._begin(
+            video=video,
+            video_latents=video_latents,
+            actions=context_actions,
+            num_frames=None,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            flex_rope_slope=flex_rope_slope,
+            rope_interpolation=rope_interpolation,
+            context_schedule=context_schedule,
+            generator=generator,
+            latents=None,
+            height=height,
+            width=width,
+            batch_size=batch_size,
             use_cache=use_cache,
-            device=device,
-            **settings,
-        )
+            output_type=output_type,
+            max_rewind_frames=max_rewind_frames,
+        )[0]
 
-    @torch.no_grad()
     def stream(
         self, actions: Iterable[Any] | None = None, num_new_frames: int | None = None, **kwargs: Any
     ) -> Iterator[Any]:
@@ -336,87 +349,185 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         Args:
             actions: the action of each new frame, as they come: ints, `[B]` ints or None.
             num_new_frames: where to stop; by default when `actions` ends, or never.
-            kwargs: arguments of [`rollout`](FARVideoPipeline.rollout).
+            kwargs: arguments of [`rollout`](FARVideoPipeline.rollout), checked now, not at the first frame.
         """
+        if num_new_frames is not None:
+            check_integer("num_new_frames", num_new_frames, minimum=0)
         rollout = self.rollout(**kwargs)
-        for action in itertools.islice(
-            itertools.repeat(None) if actions is None else actions, num_new_frames
-        ):
-            yield rollout.step(action)
+        coming = itertools.repeat(None) if actions is None else actions
+        return (rollout.step(action) for action in itertools.islice(coming, num_new_frames))
+
+    def _begin(
+        self,
+        *,
+        video: Any,
+        video_latents: Tensor | None,
+        actions: Labels | None,
+        num_frames: int | None,
+        class_labels: Labels | None,
+        latents: Tensor | None,
+        height: int | None,
+        width: int | None,
+        batch_size: int | None,
+        use_cache: bool,
+        output_type: str,
+        num_inference_steps: int | None,
+        flex_rope_slope: float | None,
+        max_rewind_frames: int = 64,
+        **settings: Any,
+    ) -> tuple[Rollout, Tensor | None, Tensor | None]:
+        """Check all arguments, then encode the context: a rollout that is ready to go on.
+
+        Args:
+            actions: of all `num_frames` frames of a call; None: of the context alone.
+
+        Returns:
+            The rollout, all `actions` `[B, F]`, and the noise of the new frames, if it was given.
+        """
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        if flex_rope_slope is None:
+            flex_rope_slope = self.config.flex_rope_slope
+        settings |= {"num_inference_steps": num_inference_steps, "flex_rope_slope": flex_rope_slope}
+        self.check_inputs(output_type, **settings)
+        check_integer("max_rewind_frames", max_rewind_frames, minimum=0)
+        pixels, given = self._prepare_context(video, video_latents, latents, height, width)
+        shape = self._context_shape(pixels, given, latents, height, width)
+        shape = (self._count_videos(shape[0], batch_size, class_labels, actions), *shape[1:])
+        generator = settings["generator"]
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"generator has {len(generator)} entries for {shape[0]} videos")
+        num_context = shape[1]
+        if num_frames is not None and num_frames <= num_context:
+            raise ValueError(f"num_frames={num_frames} must be more than the {num_context} context frames")
+        name = "context_actions" if num_frames is None else "actions"
+        num_actions = num_context if num_frames is None else num_frames
+        action_table = self.prepare_actions(actions, shape[0], num_actions, name)
+        config, device = self.transformer.config, self._execution_device
+        labels = label_tensor("class_labels", class_labels, config.num_classes, shape[:1], device)
+        noise = None
+        if latents is not None and num_frames is not None:
+            noise = self.prepare_latents(latents, (shape[0], num_frames - num_context, *shape[2:]))
+        if pixels is not None:
+            given = self._encode_pixels(pixels)
+        elif given is None:
+            given = torch.zeros(shape, device=device)
+        rollout = Rollout(
+            self.transformer,
+            self.scheduler,
+            lambda video: self.encode_video(video, *(side * self.vae_scale_factor for side in shape[3:])),
+            lambda latents: self._decode_frame(latents, output_type),
+            given,
+            context_actions=None if action_table is None else action_table[:, :num_context],
+            class_labels=labels,
+            num_training_frames=self.config.num_training_frames,
+            use_cache=use_cache,
+            max_rewind_frames=max_rewind_frames,
+            device=device,
+            **settings,
+        )
+        return rollout, action_table, noise
 
     def check_inputs(
         self,
-        batch_size: int,
         output_type: str,
-        guidance_scale: float,
-        num_inference_steps: int,
-        flex_rope_slope: float,
-        rope_interpolation: float,
-        context_schedule: ContextSchedule | None,
         generator: Generators | None,
+        **settings: Any,
     ) -> None:
         """Raise a ValueError for settings that no rollout can use."""
-        config = self.transformer.config
-        check_number("guidance_scale", guidance_scale, "0 (null condition only), 1 (none), or more than 0")
-        check_number("flex_rope_slope", flex_rope_slope, "0 (plain RoPE) or a positive decay per frame")
-        check_number("rope_interpolation", rope_interpolation, "a positive ratio; 1 changes nothing")
-        check_integer("num_inference_steps", num_inference_steps, minimum=1)
-        if rope_interpolation == 0:
-            raise ValueError("rope_interpolation=0 must be a positive ratio; 1 changes nothing")
-        if guidance_scale != 1 and not (config.num_classes or config.num_actions):
-            raise ValueError(
-                f"guidance_scale={guidance_scale}: this model has no classes or actions to guide; pass 1"
-            )
-        if context_schedule is not None and not isinstance(context_schedule, ContextSchedule):
-            raise ValueError(f"context_schedule={context_schedule!r} must be a ContextSchedule or None")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator has {len(generator)} entries for {batch_size} videos")
+        check_settings(self.transformer, self.scheduler, **settings)
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(item, torch.Generator | None) for item in generators):
+            raise ValueError(f"generator={generator!r} must be a torch.Generator, a list of them, or None")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
 
-    def prepare_context(
+    def _prepare_context(
         self,
         video: Any,
         video_latents: Tensor | None,
-        class_labels: Labels | None,
-        actions: Labels | None,
+        latents: Tensor | None,
         height: int | None,
         width: int | None,
-        batch_size: int,
-    ) -> Tensor:
-        """Scaled latents `[B, T, C, h, w]` of the context; T is 0 for a video from nothing."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The frames to continue: pixels `[B, T, 3, H, W]`, or latents `[B, T, C, h, w]`, or neither."""
         if video is not None and video_latents is not None:
             raise ValueError("video and video_latents are both given; give one of them, or neither")
         if video is not None:
-            return self.encode_video(video, height, width)
+            return self._prepare_pixels(video, height, width), None
+        if video_latents is None:
+            return None, None
         channels = self.transformer.config.in_channels
         multiple = self.frame_multiple // self.vae_scale_factor
-        if video_latents is not None:
-            check_tensor("video_latents", video_latents)
-            shape = tuple(video_latents.shape)
-            if len(shape) != 5 or shape[2] != channels or shape[3] % multiple or shape[4] % multiple:
-                takes = f"[B, T, {channels}, h, w] with h and w multiples of {multiple}"
-                raise ValueError(f"video_latents has shape {shape}; it takes {takes}")
-            return video_latents.to(self._execution_device, torch.float32)
+        check_tensor("video_latents", video_latents)
+        shape = tuple(video_latents.shape)
+        if len(shape) != 5 or shape[2] != channels or shape[3] % multiple or shape[4] % multiple:
+            takes = f"[B, T, {channels}, h, w] with h and w multiples of {multiple}"
+            raise ValueError(f"video_latents has shape {shape}; it takes {takes}")
+        for name, size, side in (("height", height, shape[3]), ("width", width, shape[4])):
+            if size is not None and size != side * self.vae_scale_factor:
+                raise ValueError(
+                    f"{name}={size}, but video_latents of {shape[3]} x {shape[4]} are of frames of "
+                    f"{shape[3] * self.vae_scale_factor} x {shape[4] * self.vae_scale_factor} pixels"
+                )
+        return None, video_latents.to(self._execution_device, torch.float32)
+
+    def _context_shape(
+        self,
+        pixels: Tensor | None,
+        given: Tensor | None,
+        latents: Tensor | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[int, ...]:
+        """`[B, T, C, h, w]` of the context. B is 0 where nothing was given that says how many videos."""
+        if given is not None:
+            return tuple(given.shape)
+        channels, scale = self.transformer.config.in_channels, self.vae_scale_factor
+        if pixels is not None:
+            return (*pixels.shape[:2], channels, pixels.shape[3] // scale, pixels.shape[4] // scale)
+        batch_size = 0
+        if latents is not None:  # noise, whose own checks come later
+            check_tensor("latents", latents)
+            if latents.ndim == 5:
+                batch_size = latents.shape[0]
+                height = latents.shape[3] * scale if height is None else height
+                width = latents.shape[4] * scale if width is None else width
         height, width = (self.config.sample_size if size is None else size for size in (height, width))
         if height is None or width is None:
             raise ValueError(f"height={height} and width={width} are needed when no video is given")
         check_size(height, width, self.frame_multiple)
-        check_integer("batch_size", batch_size, minimum=1)
-        batch_size = max(batch_size, num_videos(class_labels, 0), num_videos(actions, 1))
-        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        return torch.zeros(batch_size, 0, channels, *size, device=self._execution_device)
+        return batch_size, 0, channels, int(height) // scale, int(width) // scale
 
-    def encode_video(self, video: Any, height: int | None = None, width: int | None = None) -> Tensor:
-        """Scaled latents `[B, T, C, h, w]` of a video as in a call; each frame is encoded alone."""
+    @staticmethod
+    def _count_videos(
+        given: int, batch_size: int | None, class_labels: Labels | None, actions: Labels | None
+    ) -> int:
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, minimum=1)
+        number = given or max(num_videos(class_labels, 0), num_videos(actions, 1))
+        if batch_size is None or (not given and number == 1):
+            return int(batch_size or number)
+        if batch_size != number:
+            raise ValueError(f"batch_size={batch_size}, but the other arguments are of {number} videos")
+        return number
+
+    def _prepare_pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         height, width = (self.config.sample_size if size is None else size for size in (height, width))
         frames = video_tensor(video, height, width)
         check_size(frames.shape[-2], frames.shape[-1], self.frame_multiple)
+        return frames
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         device, dtype = self._execution_device, self.vae.dtype
         latents = [
-            self.vae.encode(frame.to(device, dtype) * 2 - 1).latent.float() for frame in frames.unbind(1)
+            self.vae.encode(frame.to(device, dtype) * 2 - 1).latent.float() for frame in pixels.unbind(1)
         ]
         return torch.stack(latents, dim=1) * self.vae.config.scaling_factor
+
+    def encode_video(self, video: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Scaled latents `[B, T, C, h, w]` of a video as in a call; each frame is encoded alone."""
+        return self._encode_pixels(self._prepare_pixels(video, height, width))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels `[B, 3, H, W]`, about [-1, 1], of a frame's scaled latents `[B, C, h, w]`."""
@@ -434,14 +545,9 @@ class FARVideoPipeline(FARPushToHubMixin, DiffusionPipeline):
         num_actions = self.transformer.config.num_actions
         return label_tensor(name, actions, num_actions, (batch_size, num_frames), self._execution_device)
 
-    def prepare_latents(
-        self, latents: Tensor | None, context: Tensor, num_new_frames: int, generator: Generators | None
-    ) -> Tensor:
-        """Noise `[B, num_new_frames, C, h, w]` for frames after `context` `[B, T, C, h, w]`, in one draw."""
-        shape, device = (context.shape[0], num_new_frames, *context.shape[2:]), self._execution_device
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    def prepare_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Noise `[B, num_new_frames, C, h, w]`, checked against this shape."""
         check_tensor("latents", latents)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; it takes {shape}")
-        return latents.to(device, torch.float32)
+        return latents.to(self._execution_device, torch.float32)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,13 @@ def _resize(video: Tensor, height: int, width: int) -> Tensor:
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raise a ValueError unless `value` is an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name}={value!r} must be an int of at least {minimum}")
 
 
 def check_number(name: str, value: Any, takes: str) -> None:
     """Raise a ValueError unless `value` is finite and not negative."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r} must be {takes}")
 
 
@@ -145,7 +146,7 @@ def check_action_names(names: list[str] | None, transformer: Any) -> None:
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raise a ValueError unless both are positive multiples of `multiple`."""
     for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or size < 1 or size % multiple:
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1 or size % multiple:
             raise ValueError(f"{name}={size} must be a positive multiple of {multiple} pixels")
 
 

@@ -124,7 +124,8 @@ class FARPreset:
         resolution: pixels per side of its frames.
         compression: pixels per latent pixel and side of its autoencoder.
         transformer_file, autoencoder_file: the published files, by path in the authors' Hub repository.
-        num_frames: frames of a video in its evaluation, the context included.
+        num_frames: frames of a video in its evaluation, the context included, and of the longest clips of its
+            training.
         num_context_frames: how many of them are given.
         guidance_scale: that of its evaluation.
         long_patch_size, num_classes, num_actions, short_window: as in [`FARTransformer3DModel`].

@@ -5,13 +5,12 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.loaders import FromOriginalModelMixin
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from torch import Tensor
 
@@ -155,77 +154,74 @@ def load_published_transformer(
     return model
 
 
-class FARSingleFileMixin(FromOriginalModelMixin):
-    """`from_single_file` for the published FAR checkpoints.
+def from_single_file(
+    model_class: type[Model],
+    /,
+    pretrained_model_link_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    subfolder: str | None = None,
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **hub_kwargs: Any,
+) -> Model:
+    """Load a published checkpoint (`.pth` or `.safetensors`): `FARTransformer3DModel.from_single_file`.
 
-    Diffusers' own looks the class up in a private table of its own classes, takes a configuration of Stable
-    Diffusion where none is given, and leaves missing tensors without values.
+    Diffusers' own takes a configuration of Stable Diffusion where none is given, and leaves missing tensors
+    without values.
+
+    Args:
+        pretrained_model_link_or_path_or_dict: the file, a link to it on the Hub, or its tensors by name.
+        config: a preset's name, the model's arguments, or the folder or Hub repository of a pipeline or
+            transformer that is configured alike. A file that still has its published name needs none.
+        original_config: instead of `config`, the authors' keys or a JSON file of them.
+        subfolder: where in the folder or repository `config.json` is; by default `transformer`, if
+            it is not in the folder itself.
+        dtype, torch_dtype: what to convert the weights to; by default they stay as they are.
+        device: where to put the model.
+        hub_kwargs: for downloads: `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`,
+            `revision` of the file and `config_revision` of the configuration.
     """
+    if unknown := sorted(hub_kwargs.keys() - HUB_ARGUMENTS):
+        raise TypeError(f"from_single_file does not take {', '.join(unknown)}")
+    config_revision = hub_kwargs.pop("config_revision", None)
+    link = pretrained_model_link_or_path_or_dict
+    if isinstance(link, Mapping):
+        checkpoint, source = unwrap(link), "the state dict"
+    elif str(link).startswith(("https://", "http://")):
+        checkpoint, source = unwrap(load_single_file_checkpoint(str(link), **hub_kwargs)), str(link)
+    else:
+        checkpoint, source = read_checkpoint(link), str(link)
+    if config is not None and original_config is not None:
+        raise ValueError("give config or original_config, not both")
+    if original_config is not None:
+        if not isinstance(original_config, Mapping):
+            original_config = read_json_object(original_config)
+        arguments: Mapping[str, Any] = convert_published_config(original_config)[0]
+    elif config is not None:
+        hub_kwargs["revision"] = config_revision
+        arguments = _resolve_config(model_class, config, subfolder, hub_kwargs)
+    elif (published := preset_of_file(source)) is not None:
+        arguments = published.transformer
+    else:
+        raise ValueError(
+            f"{source} is not the name of a published file: give config, for example a preset's name"
+        )
+    model = load_published_transformer(model_class, arguments, checkpoint, source, dtype or torch_dtype)
+    return model if device is None else model.to(device)
 
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
-        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        subfolder: str | None = None,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        **hub_kwargs: Any,
-    ) -> Self:
-        """Load a published checkpoint (`.pth` or `.safetensors`).
 
-        Args:
-            pretrained_model_link_or_path_or_dict: the file, a link to it on the Hub, or its tensors by name.
-            config: a preset's name, the model's arguments, or the folder or Hub repository of a pipeline or
-                transformer that is configured alike. A file that still has its published name needs none.
-            original_config: instead of `config`, the authors' keys or a JSON file of them.
-            subfolder: where in the folder or repository `config.json` is; by default `transformer`, if
-                it is not in the folder itself.
-            dtype, torch_dtype: what to convert the weights to; by default they stay as they are.
-            device: where to put the model.
-            hub_kwargs: for downloads: `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`,
-                `revision` of the file and `config_revision` of the configuration.
-        """
-        if unknown := sorted(hub_kwargs.keys() - HUB_ARGUMENTS):
-            raise TypeError(f"from_single_file does not take {', '.join(unknown)}")
-        config_revision = hub_kwargs.pop("config_revision", None)
-        link = pretrained_model_link_or_path_or_dict
-        if isinstance(link, Mapping):
-            checkpoint, source = unwrap(link), "the state dict"
-        elif str(link).startswith(("https://", "http://")):
-            checkpoint, source = unwrap(load_single_file_checkpoint(str(link), **hub_kwargs)), str(link)
-        else:
-            checkpoint, source = read_checkpoint(link), str(link)
-        if config is not None and original_config is not None:
-            raise ValueError("give config or original_config, not both")
-        if original_config is not None:
-            if not isinstance(original_config, Mapping):
-                original_config = read_json_object(original_config)
-            arguments: Mapping[str, Any] = convert_published_config(original_config)[0]
-        elif config is not None:
-            arguments = cls._resolve_config(config, subfolder, {**hub_kwargs, "revision": config_revision})
-        elif (published := preset_of_file(source)) is not None:
-            arguments = published.transformer
-        else:
-            raise ValueError(
-                f"{source} is not the name of a published file: give config, for example a preset's name"
-            )
-        model = load_published_transformer(cls, arguments, checkpoint, source, dtype or torch_dtype)
-        return model if device is None else model.to(device)
-
-    @classmethod
-    def _resolve_config(
-        cls,
-        config: str | os.PathLike[str] | Mapping[str, Any],
-        subfolder: str | None,
-        hub_kwargs: dict[str, Any],
-    ) -> Mapping[str, Any]:
-        if isinstance(config, Mapping):
-            return config
-        if config in PRESETS:
-            return preset(str(config)).transformer
-        if subfolder is None and not (Path(config) / "config.json").is_file():
-            subfolder = "transformer"
-        return cls.load_config(config, subfolder=subfolder, **hub_kwargs)
+def _resolve_config(
+    model_class: type[Model],
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    subfolder: str | None,
+    hub_kwargs: dict[str, Any],
+) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    if config in PRESETS:
+        return preset(str(config)).transformer
+    if subfolder is None and not (Path(config) / "config.json").is_file():
+        subfolder = "transformer"
+    return model_class.load_config(config, subfolder=subfolder, **hub_kwargs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -25,10 +25,8 @@ from .frame_layout import (
     split_frames,
     unpatchify,
 )
-from .hub import FARPushToHubMixin
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
-from .single_file import FARSingleFileMixin
 
 
 @dataclass
@@ -106,7 +104,7 @@ class FARTransformerBlock(nn.Module):
 
 
 class FARTransformer3DModel(
-    FARPushToHubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, FARSingleFileMixin, AttentionMixin
+    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, AttentionMixin
 ):
     """Frame-autoregressive video transformer, base and Long (arXiv 2503.19325).
 
@@ -248,12 +246,12 @@ class FARTransformer3DModel(
             class_labels: `[B]` classes; negative or `num_classes` is the null condition, as is None.
             actions: `[B, F]` actions, the one that led to each frame; null as for `class_labels`.
             cache: context that all frames see; read only, but the frames' own keys and values are left in its
-                scratch, where `cache.append` can make them context.
+                scratch, where `cache.commit` can make them context.
             flex_rope_slope: temporal decay of FlexRoPE per frame of distance; 0 is plain RoPE.
             rope_interpolation: frame positions are divided by this ratio in RoPE.
             num_long_frames: how many leading frames are long-term. By default those before the last
                 `short_window` for a Long model without a cache, else none.
-            frame_positions: `[F]` position of each frame in the video; by default they follow the cache.
+            frame_positions: `[F]` place of each frame in time; by default they follow the cache.
             modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
             timestep_r: `[B, F]` levels at which the step that is taken ends, for a model with
                 `use_meanflow`; by default `timestep`, which gives the velocity of this instant.
@@ -271,7 +269,7 @@ class FARTransformer3DModel(
             num_long_frames, num_frames - num_long_frames, *self.tokens_per_frame(height, width)
         )
         if frame_positions is None:
-            first = 0 if cache is None else cache.next_frame
+            first = 0 if cache is None else cache.next_position
             frame_positions = torch.arange(first, first + num_frames, device=hidden_states.device)
 
         tokens = self.embed_frames(hidden_states, layout)
@@ -287,7 +285,7 @@ class FARTransformer3DModel(
             context_positions = None if cache is None else cache.key_positions(hidden_states.device)
             mask = attention_mask(layout, frame_positions, context_positions, flex_rope_slope, tokens.dtype)
         if cache is not None:
-            cache.reserve(layout.num_tokens)
+            cache.begin(layout.num_long_frames, layout.num_short_frames)
 
         for index, block in enumerate(self.transformer_blocks):
             layer_cache = None if cache is None else cache.layers[index]

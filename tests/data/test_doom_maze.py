@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,20 @@ DATA = Path(__file__).parents[2] / "data"
 sys.path.insert(0, str(DATA))  # data/ is a folder of scripts that import one another
 
 import doom_maze  # noqa: E402
-from doom_maze_files import Settings, check_disjoint, copy_sample, prepare_folder  # noqa: E402
-from doom_maze_map import build_maze, split_of_grid  # noqa: E402
+from doom_maze_files import (  # noqa: E402
+    ACTIONS,
+    CLIP_LENGTHS,
+    Settings,
+    check_disjoint,
+    clips_with_revisit,
+    copy_sample,
+    prepare_folder,
+    revisited_frames,
+    settings_path,
+    write_metadata,
+)
+from doom_maze_map import BLURRED, MEMORABLE, ORIGINAL, build_maze, split_of_grid  # noqa: E402
+from doom_maze_walks import FRAMES_AFTER_RETURN, MIN_SCRIPTED_FRAMES, SCRIPTS, TURN_AWAY  # noqa: E402
 
 COUNTS = {"train": 4, "validation": 2}
 FRAMES = 40
@@ -73,7 +86,7 @@ def test_action_led_to_its_frame(recording: Path) -> None:
             assert len(actions) == len(poses) == FRAMES
             assert actions[0] == doom_maze.NOOP
             turned = (np.diff(poses[:, 2]) + 180) % 360 - 180  # [t - 1] is from frame t - 1 to t
-            expected = [turns.get(doom_maze.ACTIONS[action], 0) for action in actions]
+            expected = [turns.get(ACTIONS[action], 0) for action in actions]
             np.testing.assert_allclose(turned, expected[1:], atol=0.05)
 
 
@@ -99,6 +112,131 @@ def test_walks_stay_in_open_cells(recording: Path) -> None:
             assert record["visited_fraction"] == pytest.approx(len(cells) / num_open, abs=1e-4)
 
 
+def record(output: Path, split: str, episodes: list[int], settings: Settings) -> list[dict]:
+    prepare_folder(output, settings)
+    doom_maze.record_job(doom_maze.Job(output, split, episodes, settings))
+    write_metadata(output)
+    return records_of(output, split)
+
+
+def test_explore_records_the_shipped_sample_again(tmp_path: Path) -> None:
+    settings = Settings(seed=0, frames=300, textures=4)
+    recorded = record(tmp_path, "validation", [4, 39], settings)
+    for again, shipped in zip(recorded, records_of(SAMPLE, "validation"), strict=True):
+        for name in ("episode", "maze", "actions", "poses"):
+            assert again[name] == shipped[name], name
+        frames, expected = (
+            doom_maze.decode(folder / "validation" / shipped["file_name"]).astype(float)
+            for folder in (tmp_path, SAMPLE)
+        )
+        assert np.abs(frames - expected).mean() < 0.1
+
+
+def test_revisit_walk_comes_back(tmp_path: Path) -> None:
+    settings = {"seed": 0, "frames": 256, "textures": 4, "maze_nodes": (3, 5)}
+    shares = {}
+    for walk in ("explore", "revisit"):
+        output = tmp_path / walk
+        recorded = record(output, "validation", list(range(5)), Settings(**settings, walk=walk))
+        num, total = clips_with_revisit(recorded, 96)
+        assert total == 5 * (256 - 96 + 1)
+        shares[walk] = num / total
+        assert (
+            f"| clips of 96 frames with a revisit | {num / total:.1%} |" in (output / "README.md").read_text()
+        )
+        assert {len(episode["maze"]) for episode in recorded} <= {7, 9, 11}
+    assert shares["revisit"] > max(0.4, shares["explore"])
+
+    text = (tmp_path / "revisit" / "README.md").read_text()
+    assert "--walk revisit --maze-nodes 3 5" in text
+    assert "7 x 7 (only about 30 layouts), 9 x 9 or 11 x 11 cells" in text
+
+
+def test_scripted_walk_regains_its_view(tmp_path: Path) -> None:
+    settings = Settings(0, MIN_SCRIPTED_FRAMES, 4, "scripted", (3, 5))
+    recorded = record(tmp_path, "validation", list(range(2 * len(SCRIPTS))), settings)
+    assert [episode["script"] for episode in recorded] == [*SCRIPTS, *SCRIPTS]
+    for episode in recorded:
+        poses, start, end = np.array(episode["poses"]), episode["start_frame"], episode["return_frame"]
+        distance = np.hypot(*(poses[:, :2] - poses[start, :2]).T)
+        angle = np.abs((poses[:, 2] - poses[start, 2] + 180) % 360 - 180)
+        is_same = (distance < 16) & (angle < 2)
+        is_hidden = angle > 89  # nothing is left of a view of 90 degrees
+
+        assert 100 <= start < end < MIN_SCRIPTED_FRAMES - FRAMES_AFTER_RETURN
+        first_hidden = start + int(np.argmax(is_hidden[start:]))
+        assert first_hidden + int(np.argmax(is_same[first_hidden:])) == end
+        if episode["script"] in TURN_AWAY:
+            assert is_hidden[start:end].sum() == TURN_AWAY[episode["script"]]
+            assert distance[start:end].max() < 5
+            assert angle[end] < 1
+        else:
+            assert distance[start:end].max() > 80
+        # By the rule for revisits, too: from the last frames in which nothing of the view was seen.
+        assert revisited_frames(poses)[end] > 8
+        assert revisited_frames(poses, start=end - 4)[end] > 8
+        # All that follows was seen before.
+        after = slice(end + 1, end + 1 + FRAMES_AFTER_RETURN)
+        for pose in poses[after]:
+            turned = np.abs((poses[:end, 2] - pose[2] + 180) % 360 - 180)
+            assert ((np.hypot(*(poses[:end, :2] - pose[:2]).T) < 48) & (turned < 25)).any()
+
+
+def turning(*turns: int) -> np.ndarray:
+    """Poses of a player who stands and turns left (1), right (-1) or not (0)."""
+    angles = 15.0 * np.cumsum([0, *turns])
+    return np.stack([np.full(len(angles), 100.0), np.full(len(angles), 50.0), angles % 360], axis=1)
+
+
+def test_revisited_frames_by_hand() -> None:
+    # Looks ahead at frames 0 to 9, turns away by 75 degrees, waits, and turns back.
+    poses = turning(*[0] * 9, *[1] * 5, *[0] * 9, *[-1] * 5)
+    ago = revisited_frames(poses)
+    # An angle of 15 degrees is within 60 of 75, and so only the last view, at 0, was out of view. The latest
+    # frame that showed it before was frame 10, at 15 degrees.
+    expected = np.zeros(len(poses), int)
+    expected[28] = 28 - 10
+    np.testing.assert_array_equal(ago, expected)
+
+    # With a wait of only 2 frames, the window of 8 still has the way there; a window of 3 has not.
+    short = turning(*[0] * 9, *[1] * 5, *[0] * 2, *[-1] * 5)
+    assert not revisited_frames(short).any()
+    assert np.flatnonzero(revisited_frames(short, window=3)).tolist() == [21]
+    # The view is back in the fifth frame after a window without it: with a horizon of 4 that is too late.
+    assert np.flatnonzero(revisited_frames(poses, horizon=5)).tolist() == [28]
+    assert not revisited_frames(poses, horizon=4).any()
+    # Before frame 25 the angle is 60, and in the 8 frames before frame 20 it is still turning away.
+    assert np.flatnonzero(revisited_frames(poses, start=24)).tolist() == [28]
+    assert not revisited_frames(poses, start=25).any()
+    assert not revisited_frames(poses, start=20).any()
+    # Only what is in the clip counts.
+    assert not revisited_frames(poses[12:]).any()
+
+
+def test_revisited_frames_does_not_confuse_places() -> None:
+    poses = turning(*[0] * 9, *[1] * 12, *[0] * 9, *[-1] * 12)
+    assert revisited_frames(poses).any()
+    moved = poses.copy()
+    moved[20:, 0] += 300  # the same directions at another place
+    assert not revisited_frames(moved).any()
+    wrapped = poses.copy()
+    wrapped[:, 2] = (wrapped[:, 2] + 350) % 360
+    np.testing.assert_array_equal(revisited_frames(wrapped), revisited_frames(poses))
+    with pytest.raises(ValueError, match=r"poses must have the shape \(num_frames, 3\), but has \(5,\)"):
+        revisited_frames(np.zeros(5))
+    with pytest.raises(ValueError, match="window must be at least 1, but is 0"):
+        revisited_frames(poses, window=0)
+
+
+def test_clips_with_revisit_are_counted_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    poses = turning(*np.repeat(rng.integers(-1, 2, 30), rng.integers(1, 12, 30)))
+    for length in (20, 60, *CLIP_LENGTHS):
+        clips = [poses[i : i + length] for i in range(len(poses) - length + 1)]
+        expected = sum(bool(revisited_frames(clip).any()) for clip in clips)
+        assert clips_with_revisit([{"poses": poses.tolist()}], length) == (expected, len(clips))
+
+
 def test_videos_are_near_lossless(recording: Path) -> None:
     assert all(record["psnr"] >= 42 for split in COUNTS for record in records_of(recording, split))
 
@@ -116,6 +254,27 @@ def test_splits_share_no_maze() -> None:
     assert not set(grids["train"]) & set(grids["validation"])
     with pytest.raises(RuntimeError, match="1 mazes are in both splits"):
         check_disjoint({split: [{"maze": ["###", "#.#", "###"]}] for split in COUNTS})
+
+
+def test_memorable_mazes_have_clear_textures_and_more_landmarks() -> None:
+    shares = []
+    for style in (ORIGINAL, MEMORABLE):
+        texts = [build_maze("train", random.Random(i), 4, (3, 5), style).map_text for i in range(40)]
+        textures = [name for text in texts for name in re.findall('texturemiddle="(.*?)"', text)]
+        assert set(textures) == {*style.walls, *style.landmarks}
+        assert bool(set(BLURRED) & set(textures)) == (style is ORIGINAL)
+        shares.append(sum(name in style.landmarks for name in textures) / len(textures))
+    assert shares == pytest.approx([0.12, 0.24], rel=0.15)
+
+
+@pytest.mark.parametrize("split", COUNTS)
+@pytest.mark.parametrize("nodes", [3, 4, 7])
+def test_maze_size(nodes: int, split: str) -> None:
+    grids = {build_maze(split, random.Random(i), 4, (nodes, nodes)).grid for i in range(20)}
+    assert {len(row) for grid in grids for row in (grid, *grid)} == {2 * nodes + 1}
+    assert len(grids) > 5  # with 3 nodes, few layouts are of the validation split
+    sizes = {len(build_maze(split, random.Random(i), 4, (nodes, nodes + 1)).grid) for i in range(20)}
+    assert sizes == {2 * nodes + 1, 2 * nodes + 3}
 
 
 def test_load_dataset(recording: Path, tmp_path: Path) -> None:
@@ -162,6 +321,12 @@ def test_shipped_sample(tmp_path: Path) -> None:
         (["--validation", "100001"], "--validation must be between 0 and 100000, but is 100001"),
         (["--frames", "0"], "--frames must be at least 1, but is 0"),
         (["--textures", "13"], "--textures must be between 1 and 12, but is 13"),
+        (["--walk", "scripted", "--frames", "200"], "--frames must be at least 280 with --walk scripted"),
+        (
+            ["--maze-nodes", "2", "5"],
+            "--maze-nodes must be two numbers from 3 to 20, the smaller first, but is 2 5",
+        ),
+        (["--maze-nodes", "5", "4"], "--maze-nodes must be two numbers .*, but is 5 4"),
         (["--workers", "0"], "--workers must be at least 1, but is 0"),
         (["--train", "0", "--validation", "0"], "--train and --validation are both 0"),
         (["--episodes", "3"], "--sample-of and --episodes must be given together"),
@@ -176,16 +341,32 @@ def test_wrong_arguments(
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("name", ["seed", "frames", "textures"])
-def test_changed_settings_are_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 9, "--seed is 9, but .* was recorded with --seed 0"),
+        ("frames", 9, f"--frames is 9, but .* was recorded with --frames {FRAMES}"),
+        ("textures", 9, "--textures is 9, but .* was recorded with --textures 4"),
+        ("walk", "revisit", "--walk is revisit, but .* was recorded with --walk explore"),
+        ("maze_nodes", (3, 5), "--maze-nodes is 3 5, but .* was recorded with --maze-nodes 4 5"),
+    ],
+)
+def test_changed_settings_are_refused(name: str, value: object, message: str, tmp_path: Path) -> None:
     settings = {"seed": 0, "frames": FRAMES, "textures": 4}
     prepare_folder(tmp_path, Settings(**settings))
     prepare_folder(tmp_path, Settings(**settings))
-    changed = settings | {name: 9}
-    with pytest.raises(
-        ValueError, match=rf"--{name} is 9, but .* was recorded with --{name} {settings[name]}"
-    ):
+    changed = settings | {name: value}
+    with pytest.raises(ValueError, match=message):
         prepare_folder(tmp_path, Settings(**changed))
+
+
+def test_folder_from_before_there_were_walks(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, Settings(seed=0, frames=FRAMES, textures=4))
+    settings_path(tmp_path).write_text(json.dumps({"seed": 0, "frames": FRAMES, "textures": 4}))
+    with pytest.raises(ValueError, match=r"--walk is revisit, but .* was recorded with --walk explore"):
+        prepare_folder(tmp_path, Settings(seed=0, frames=FRAMES, textures=4, walk="revisit"))
+    prepare_folder(tmp_path, Settings(seed=0, frames=FRAMES, textures=4))
+    assert json.loads(settings_path(tmp_path).read_text())["walk"] == "explore"
 
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 
 TOKEN = "hf_" + "t" * 34
 
@@ -44,6 +45,7 @@ class HubDouble:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     num_requests: int = 0
+    messages: list[str] = field(default_factory=list)  # of the commits
 
 
 def build(hub: HubDouble) -> FastAPI:
@@ -69,11 +71,12 @@ def build(hub: HubDouble) -> FastAPI:
         name = "/".join(filter(None, [body.get("organization") or "me", body["name"]]))
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             raise HTTPException(401)
+        repository = {"url": f"{hub.url}/{name}", "name": name, "id": name}
         if name in hub.repositories:
-            raise HTTPException(409)
+            return JSONResponse(repository, status_code=409)
         private = body.get("private") is True or body.get("visibility") == "private"
         hub.repositories[name] = Repository(private)
-        return {"url": f"{hub.url}/{name}", "name": name, "id": name}
+        return repository
 
     @app.get("/api/whoami-v2")
     async def whoami() -> Any:
@@ -103,6 +106,8 @@ def build(hub: HubDouble) -> FastAPI:
         files = repository.branches[revision]
         for line in (await request.body()).splitlines():
             entry = json.loads(line)
+            if entry["key"] == "header":
+                hub.messages.append(entry["value"]["summary"])
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         commit_id = repository.commit_id(revision)

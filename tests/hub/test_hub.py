@@ -1,6 +1,6 @@
 """Publishing to a Hub and loading from it, each in a process of its own against a server on loopback."""
 
-import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -81,12 +81,23 @@ def test_push_and_load(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
     assert other.returncode != 0
 
 
+@pytest.mark.parametrize("library", ["diffusers_far", "diffusers_far.transformer_far"])
 def test_diffusers_own_class_loads_it_once_we_are_imported(
-    hub: HubDouble, folder: Path, tmp_path: Path
+    hub: HubDouble, folder: Path, tmp_path: Path, library: str
 ) -> None:
     push(hub, tmp_path, folder)
-    code = "import diffusers; FARVideoPipeline; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
-    done = python(hub, tmp_path / "reader", code + "print('loaded', type(p).__name__)")
+    files = hub.repositories["me/far"].branches["main"]
+    index = json.loads(files["model_index.json"])
+    index["transformer"][0] = library  # the second one is in older checkpoints
+    files["model_index.json"] = json.dumps(index).encode()
+    code = "import diffusers, diffusers_far; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('loaded', type(p).__name__)"],
+        env=environment(hub, tmp_path / "reader"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert "loaded FARVideoPipeline" in done.stdout, done.stderr
 
 
@@ -113,16 +124,31 @@ def test_variants_and_shards(hub: HubDouble, folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("part", ["pipe", "pipe.transformer"])
 def test_push_to_hub_writes_our_card(hub: HubDouble, folder: Path, tmp_path: Path, part: str) -> None:
-    code = f"pipe = FARVideoPipeline.from_pretrained({str(folder)!r}); {part}.push_to_hub('me/far')"
+    push_to_hub = f"{part}.push_to_hub('me/far', 'My message')"
+    code = f"pipe = FARVideoPipeline.from_pretrained({str(folder)!r}); {push_to_hub}"
     done = python(hub, tmp_path, code, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     files = hub.repositories["me/far"].branches["main"]
     name = "FARVideoPipeline" if part == "pipe" else "FARTransformer3DModel"
     assert f'{name}.from_pretrained("me/far")' in files["README.md"].decode()
+    assert hub.messages == ["My message"]  # one commit, with the card
     done = python(
         hub, tmp_path / "reader", f"print('loaded', type({name}.from_pretrained('me/far')).__name__)"
     )
     assert f"loaded {name}" in done.stdout, done.stderr
+
+
+def test_a_card_on_the_hub_is_kept(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    own = b"---\nlibrary_name: diffusers\n---\n# My own words\n"
+    hub.repositories["me/far"] = Repository(branches={"main": {"README.md": own}})
+    push(hub, tmp_path, folder)
+    files = hub.repositories["me/far"].branches["main"]
+    assert files["README.md"] == own and "model_index.json" in files
+    code = f"FARVideoPipeline.from_pretrained({str(folder)!r}).push_to_hub('me/far')"
+    done = python(hub, tmp_path, code, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "# My own words" in files["README.md"].decode()
+    assert "FAR Long" not in files["README.md"].decode()
 
 
 def test_pushing_without_a_token(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
@@ -147,35 +173,27 @@ def test_remote_code_needs_no_package(hub: HubDouble, folder: Path, tmp_path: Pa
 import sys, torch
 sys.modules["diffusers_far"] = None  # an import of it fails
 from diffusers import DiffusionPipeline
-for trust in (False, True):
-    try:
-        pipe = DiffusionPipeline.from_pretrained("me/far", trust_remote_code=trust)
-    except ValueError as error:
-        print("refused", trust)
+for source in ("me/far", sys.argv[1]):
+    for trust in (False, True):
+        try:
+            pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=trust)
+        except ValueError as error:
+            print("refused", trust)
 options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
 video = pipe(num_frames=3, actions=[0, 1, 2], **options)
 print(type(pipe).__name__, video.frames.double().sum().item())
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, str(tmp_path / "remote")],
         env=environment(hub, tmp_path / "reader", HF_MODULES_CACHE=str(tmp_path / "modules")),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    refused, made = done.stdout.splitlines()[-2:]
-    assert refused == "refused False"
+    *refused, made = done.stdout.splitlines()[-3:]
+    assert refused == ["refused False"] * 2
     pipe = FARVideoPipeline.from_pretrained(folder)
     expected = pipe(num_frames=3, actions=[0, 1, 2], generator=generator(), output_type="latent").frames
     assert made.split()[0] == "FARVideoPipeline"
     assert float(made.split()[1]) == pytest.approx(expected.double().sum().item(), abs=1e-3)
-
-
-def test_remote_code_is_built_from_the_package_as_it_is(repository: Path) -> None:
-    spec = importlib.util.spec_from_file_location("build", repository / "pipelines" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    for file, module in build.FILES.items():
-        stale = f"pipelines/{file} is stale: run `python pipelines/build.py`"
-        assert (repository / "pipelines" / file).read_text() == build.flatten(module), stale

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny_models import generator, latents, long_transformer, pipeline, transformer
+from tests.tiny_models import latents, long_transformer, noise, pipeline, transformer
 
 FOLDER = Path(__file__).parent / "own"
 
@@ -20,14 +20,14 @@ def base() -> dict[str, Tensor]:
     """Class-conditional, with guidance."""
     pipe = pipeline(transformer(num_classes=5))
     arguments = {"num_frames": 5, "class_labels": [1, 4], "guidance_scale": 2.0}
-    return {"latents": pipe(**arguments, generator=generator(), output_type="latent").frames}
+    return {"latents": pipe(**arguments, latents=noise(2, 5, 4, 8, 8), output_type="latent").frames}
 
 
 def long() -> dict[str, Tensor]:
     """Action-conditional, past the window, with FlexRoPE."""
     pipe = pipeline(long_transformer(num_actions=4), flex_rope_slope=0.2)
     arguments = {"video_latents": latents(2, 6), "num_frames": 9, "actions": [3, 2, 1, 0, 1, 2, 3, -1, 0]}
-    return {"latents": pipe(**arguments, generator=generator(), output_type="latent").frames}
+    return {"latents": pipe(**arguments, latents=noise(2, 3, 4, 8, 8), output_type="latent").frames}
 
 
 def gradients() -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def play(game: Game, actions: list[int]) -> np.ndarray:
 
 def rolled(pipe: FARVideoPipeline, actions: list[int], **settings: Any) -> np.ndarray:
     """The same game by the pipeline alone."""
-    schedule = ContextSchedule(max_long_frames=64, refresh_interval=None)
+    schedule = ContextSchedule(max_long_frames=60, refresh_interval=None)  # and a window of 4
     defaults = {"num_inference_steps": 2, "context_schedule": schedule, "generator": generator(5)}
     settings = defaults | {"output_type": "np"} | settings
     if "video" in settings:
@@ -85,11 +85,12 @@ def test_what_a_frame_tells(pipe: FARVideoPipeline) -> None:
     for _ in range(9):
         frame = game.step(1)
     assert frame.number == 14 and frame.context.short == (12, 13, 14)
-    assert frame.context.long == tuple(range(4, 12))  # a window of 4, and 8 long-term frames
+    assert frame.context.long == (8, 9, 10, 11)  # with a window of 4, the new frame in it
     assert frame.milliseconds > 0 and frame.cache_megabytes > 0
-    game.step(1, GameSettings(1))  # begins anew from the 8 frames that are kept, and counts on
-    assert game.last_frame().context.short == (13, 14, 15)
-    assert game.last_frame().context.long == (7, 8, 9, 10, 11, 12)
+    frame = game.step(1, GameSettings(1, long_memory=False))
+    assert (frame.context.long, frame.context.short) == ((), (13, 14, 15))
+    frame = game.step(1, GameSettings(1))  # remembers again
+    assert (frame.context.long, frame.context.short) == ((10, 11, 12, 13), (14, 15, 16))
     assert Game(pipe, settings=SETTINGS).last_frame().number == -1
 
 
@@ -100,11 +101,9 @@ def test_a_game_runs_in_constant_memory(long: bool) -> None:
     sizes = []
     for index in range(40):
         frame = game.step(index % 4)
-        sizes.append(
-            (frame.cache_megabytes, len(game.recording), len(game._latents), len(frame.context.long))
-        )
+        sizes.append((frame.cache_megabytes, len(game.recording), len(game.rollout._latents)))
     assert sizes[20:] == sizes[20:21] * 20
-    assert sizes[-1][1:3] == (10, 6)
+    assert sizes[-1][1] == 10
 
 
 def test_places_are_limited_and_given_back(pipe: FARVideoPipeline) -> None:

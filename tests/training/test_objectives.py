@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_intervals
+from diffusers_far.kv_cache import Slot
 from tests.tiny_models import TOLERANCE, generator, latents, long_transformer, relative_error, transformer
 from training.clips import Clips
 from training.matmul_attn_processor import MatmulAttnProcessor
@@ -122,7 +123,7 @@ def test_a_noisy_copy_sees_the_clean_frames_before_it_and_itself() -> None:
     end = start / 3
     cache = model.create_cache(2, 8, 8)
     model(clean, torch.full((2, 9), CLEAN_TIMESTEP), actions=actions, cache=cache, num_long_frames=5)
-    cache.append(range(5), range(5, 9))
+    cache.commit([Slot(frame, frame < 5, frame) for frame in range(9)])
     with processor.copies(WINDOW):
         positions, copied = torch.arange(5, 9), actions[:, 5:]
         together = model(

@@ -42,6 +42,7 @@ def test_the_loss_falls_and_the_weights_load(latents: Path, tmp_path: Path, kind
     assert losses[-1] < 0.7 * losses[0]
     validation = [line["next_frame_loss"] for line in log if "next_frame_loss" in line]
     assert len(validation) == 2 and validation[1] < validation[0]
+    assert all(("memory_right" in line) == bool(kind) for line in log if "next_frame_loss" in line)
     model = FARTransformer3DModel.from_pretrained(tmp_path / "ema")
     assert model.is_long == bool(kind) and model.config.in_channels == 2
     for name, value in model.state_dict().items():

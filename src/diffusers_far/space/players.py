@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..context_schedule import ContextFrames, ContextSchedule
 from ..pipeline_far_video import FARVideoPipeline
@@ -72,11 +71,11 @@ class Game:
         actions: that led to them; `[T]`, or None.
         settings: see there.
         seed: of the noise.
-        max_context_frames: that a new frame sees at most.
+        max_context_frames: that a context has at most, the new frame included, where the checkpoint does not
+            ask for fewer (`num_training_frames`).
         max_recorded_frames: that `recording` keeps.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         pipeline: FARVideoPipeline,
@@ -89,84 +88,62 @@ class Game:
     ) -> None:
         self.pipeline = pipeline
         self.settings = settings or GameSettings(pipeline.config.num_inference_steps)
-        self.max_context_frames = max_context_frames
-        self.recording: deque[np.ndarray] = deque(maxlen=max_recorded_frames)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._latents: deque[Tensor] = deque(maxlen=max_context_frames)
-        self._actions: deque[int] = deque(maxlen=max_context_frames)
-        self._num_frames = 0
+        trained = pipeline.config.num_training_frames
+        self.max_context_frames = min(trained or max_context_frames, max_context_frames)
         if start is not None:
             start = start[-max_context_frames:]
-            actions = ([-1] * len(start) if actions is None else actions)[-len(start) :]
-            latents = pipeline.encode_video(start)
-            for index, action in enumerate(actions):
-                self._keep(latents[:, index : index + 1], start[index], action)
-        self._begin()
-
-    def _begin(self) -> None:
-        """A rollout of the present settings over the frames that are kept."""
-        pipeline, settings, kept = self.pipeline, self.settings, len(self._latents)
-        bound, window = self.max_context_frames, pipeline.transformer.config.short_window
-        if pipeline.transformer.is_long:  # without refreshing: a frame comes sooner, and looks the same
-            long_frames = bound if settings.long_memory else 0
-            schedule = ContextSchedule(max_long_frames=long_frames, refresh_interval=None)
-        else:
-            schedule = ContextSchedule(max_short_frames=bound if settings.long_memory else window)
-        has_actions = pipeline.transformer.config.num_actions is not None
-        self._rollout = pipeline.rollout(
-            video_latents=torch.cat(list(self._latents), dim=1) if kept else None,
-            context_actions=[list(self._actions)] if kept and has_actions else None,
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.num_inference_steps,
-            flex_rope_slope=settings.flex_rope_slope,
-            context_schedule=schedule,
-            generator=self._generator,
-            output_type="latent",
+            actions = None if actions is None else actions[-max_context_frames:]
+        self.recording: deque[np.ndarray] = deque([] if start is None else start, maxlen=max_recorded_frames)
+        self.rollout = pipeline.rollout(
+            video=start,
+            context_actions=actions if start is not None else None,
+            generator=torch.Generator().manual_seed(seed),
+            max_rewind_frames=max_context_frames,  # long-term memory that is switched on again is there
+            output_type="np",
+            **self._rollout_settings(self.settings),
         )
-        self._offset = self._num_frames - kept  # of the game's numbers from the rollout's
 
-    @torch.no_grad()
+    def _rollout_settings(self, settings: GameSettings) -> dict[str, Any]:
+        """The arguments of a rollout."""
+        # Without refreshing the window a frame comes sooner, and looks the same.
+        schedule = ContextSchedule(refresh_interval=None)
+        if not settings.long_memory:
+            window = self.pipeline.transformer.config.short_window
+            schedule = ContextSchedule(window, max_long_frames=0, refresh_interval=None)
+        window = self.pipeline.transformer.short_window
+        return {
+            "guidance_scale": settings.guidance_scale,
+            "num_inference_steps": settings.num_inference_steps,
+            "flex_rope_slope": settings.flex_rope_slope,
+            "context_schedule": schedule.for_model(window, self.max_context_frames),
+        }
+
     def step(self, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
         """The next frame.
 
         Args:
             action: that leads to it.
-            settings: from now on; the context is encoded anew where they changed.
+            settings: from now on; the context is computed anew where they changed.
 
         Raises:
             ValueError: for an action or a setting that the model does not take.
         """
         began = time.perf_counter()
         if settings is not None and settings != self.settings:
-            before, self.settings = self.settings, settings
-            try:
-                self._begin()
-            except ValueError:
-                self.settings = before
-                raise
-        latents = self._rollout.step(action)
-        image = self.pipeline.video_processor.postprocess(self.pipeline.decode_latents(latents), "np")[0]
-        milliseconds = 1e3 * (time.perf_counter() - began)
-        self._keep(latents[:, None], (255 * image).round().astype(np.uint8), -1 if action is None else action)
-        return self.last_frame(milliseconds)
+            self.rollout.change(**self._rollout_settings(settings))
+            self.settings = settings
+        image = self.rollout.step(action)[0]
+        self.recording.append((255 * image).round().astype(np.uint8))
+        return self.last_frame(1e3 * (time.perf_counter() - began))
 
     def last_frame(self, milliseconds: float = 0.0) -> GameFrame:
         """The newest frame; a gray one if there is none yet."""
-        cache, offset = self._rollout.cache, self._offset
-        context = ContextFrames(
-            *(tuple(frame + offset for frame in level) for level in self._rollout.context)
-        )
+        cache, context = self.rollout.cache, self.rollout.context
         if not self.recording:
             size = self.pipeline.config.sample_size
             return GameFrame(np.full((size, size, 3), 128, np.uint8), -1, context, 0.0, 0.0)
         megabytes = 0.0 if cache is None else cache.num_bytes / 2**20
-        return GameFrame(self.recording[-1], self._num_frames - 1, context, milliseconds, megabytes)
-
-    def _keep(self, latents: Tensor, image: np.ndarray, action: int) -> None:
-        self._latents.append(latents)
-        self._actions.append(action)
-        self.recording.append(image)
-        self._num_frames += 1
+        return GameFrame(self.recording[-1], self.rollout.num_frames - 1, context, milliseconds, megabytes)
 
 
 class Players:
