@@ -336,59 +336,44 @@ class Clips:
         return self.latents[:, -self.window :]
 
 
+@dataclass(eq=False)
 class ClipBatches(Dataset[Clips]):
     """Batch `i` of an endless training set.
 
     It depends on (seed, i, rank) and nothing else, so that a run can stop and go on anywhere.
 
-    Args:
-        videos: the split.
-        batch_size: B.
-        num_frames: frames of a clip; for a Long model the longest one.
-        short_window: window of a Long model, whose clips have a random length between it and `num_frames`,
-            one per batch; None for a base model, whose clips all have `num_frames` frames.
-        length_distribution: of these lengths, "uniform" as published, or "log_uniform", which has more short
-            clips: a long one costs more, and most of what there is to remember is not far.
-        revisit_probability: chance of a clip whose window shows a view that the clip has before its window.
-        condition_dropout: chance of the label of a video, or the action of a frame, to be dropped.
-        seed: of all draws.
-        rank: of this process; the clip length is the same on all of them.
+    Raises:
+        ValueError: for `num_frames` or `revisit_probability` that the videos do not allow.
     """
 
-    def __init__(
-        self,
-        videos: LatentVideos,
-        batch_size: int,
-        num_frames: int,
-        short_window: int | None = None,
-        length_distribution: str = "uniform",
-        revisit_probability: float = 0.0,
-        condition_dropout: float = 0.1,
-        seed: int = 0,
-        rank: int = 0,
-    ) -> None:
-        least, most = short_window or 1, min(videos.num_frames)
-        if not least <= num_frames <= most:
+    videos: LatentVideos
+    batch_size: int
+    num_frames: int  # of a clip; of a Long model the longest one
+    short_window: int | None = None  # of a Long model, whose clips have a length between it and num_frames
+    # Of these lengths. "log_uniform" has more short clips: a long one costs more, and most of what there is
+    # to remember is not far.
+    length_distribution: str = "uniform"
+    revisit_probability: float = 0.0  # chance of a clip whose window shows a view seen before it
+    condition_dropout: float = 0.1  # chance of the label of a video, or the action of a frame, to be dropped
+    seed: int = 0
+    rank: int = 0  # of this process; the clip length is the same on all of them
+
+    def __post_init__(self) -> None:
+        videos, least, most = self.videos, self.short_window or 1, min(self.videos.num_frames)
+        if not least <= self.num_frames <= most:
             shortest = videos.paths[videos.num_frames.index(most)]
             raise ValueError(
-                f"num_frames={num_frames} must be from {least} (the window) to {most} (the shortest video, "
-                f"{shortest})"
+                f"num_frames={self.num_frames} must be from {least} (the window) to {most} (the shortest "
+                f"video, {shortest})"
             )
-        if revisit_probability > 0 and (short_window is None or None in videos.revisits):
-            raise ValueError(
-                f"revisit_probability={revisit_probability} takes a Long model (long_patch_size) and latents "
-                "that say when their views were seen before (`revisits`)"
-            )
-        self.videos = videos
-        self.batch_size = batch_size
-        self.num_frames = num_frames
-        self.short_window = short_window
-        self.length_distribution = length_distribution
-        self.revisit_probability = revisit_probability
-        self.condition_dropout = condition_dropout
-        self.seed = seed
-        self.rank = rank
-        self._seen_before = videos.seen_before() if revisit_probability > 0 else None
+        self._seen_before = None
+        if self.revisit_probability > 0:
+            if self.short_window is None or None in videos.revisits:
+                raise ValueError(
+                    f"revisit_probability={self.revisit_probability} takes a Long model (long_patch_size) "
+                    "and latents with `revisits`, when each view was seen before"
+                )
+            self._seen_before = videos.seen_before()
 
     def __getitem__(self, index: int) -> Clips:
         num_frames = self.num_frames

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffusers_far import read_video
 from training.clips import AUTOENCODER_KEY, Episode, list_episodes
-from training.options import Count, check_ranges, errors_in_one_line, option, parse
+from training.options import Count, check_ranges, option, parse, script
 
 EPISODE_KEY = "episode_sha256"  # in the metadata of a file of latents
 
@@ -175,6 +175,5 @@ def main(command_line: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with errors_in_one_line():
+    with script():
         main(sys.argv[1:])

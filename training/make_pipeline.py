@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
-from training.options import Count, NotNegative, check_ranges, errors_in_one_line, option, parse
+from training.options import Count, NotNegative, check_ranges, option, parse, script
 
 
 @dataclass(kw_only=True)
@@ -76,5 +76,5 @@ def main(command_line: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
+    with script():
         main(sys.argv[1:])

@@ -7,6 +7,7 @@ Shapes: B batch, F frames, W frames of the window, C channels, H x W latent grid
 """
 
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +29,18 @@ from training.matmul_attn_processor import MatmulAttnProcessor
 NUM_TEACHER_STEPS = 8  # of the longest interval of a flow map; shorter ones take as many
 
 
+@dataclass
 class FlowMatching:
     """Velocity of noisy frames after clean ones, with stochastic clean context.
 
-    Args:
-        model: that learns.
-        clean_context_probability: chance of a frame of the window to be given clean, without loss.
-        own_context_probability: chance of a batch whose clean frames of the window are the model's own.
-        noisy_window_probability: chance of a batch without clean frames in its windows, the frames of each at
-            one noise level, so that only the long-term frames can tell what comes.
+    A noisy window has no clean frame, and its frames one noise level, so that only the long-term frames can
+    tell what comes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        clean_context_probability: float = 0.1,
-        own_context_probability: float = 0.0,
-        noisy_window_probability: float = 0.0,
-    ) -> None:
-        self.model = model
-        self.clean_context_probability = clean_context_probability
-        self.own_context_probability = own_context_probability
-        self.noisy_window_probability = noisy_window_probability
+    model: nn.Module  # that learns
+    clean_context_probability: float = 0.1  # chance of a frame of the window to be given clean, without loss
+    own_context_probability: float = 0.0  # chance of a batch whose clean frames are the model's own
+    noisy_window_probability: float = 0.0  # chance of a batch of noisy windows
 
     def held_out(self) -> dict[str, "FlowMatching"]:
         """What validation measures: as in training, and as in sampling (one noisy frame, the last)."""

@@ -5,6 +5,7 @@ option is written with dashes or with underscores.
 """
 
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,9 +57,7 @@ class RunOptions:
 
     output_dir: str = option(dataclasses.MISSING, "new folder for weights, checkpoints and logs")
     max_train_steps: Count | None = option(None, "length of the run in steps of the optimizer")
-    max_minutes: Positive | None = option(
-        None, "length of the run in time; it ends with the first of the two"
-    )
+    max_minutes: Positive | None = option(None, "the same in time; the run ends with the first of the two")
     batch_size: Count = option(32, "clips, or frames of an autoencoder, per process and forward")
     gradient_accumulation_steps: Count = option(1, "forwards per step of the optimizer")
     learning_rate: Positive = option(1e-4, "the highest one")
@@ -80,9 +79,7 @@ class RunOptions:
     save_minutes: Positive = option(10.0, "minutes between two checkpoints")
     save_steps: Count | None = option(None, "steps between two checkpoints, in place of save_minutes")
     keep_checkpoints: Count = option(2, "so many of those saved last are kept")
-    resume_from: str | None = option(
-        None, "checkpoint to go on from, or latest: the one saved last in output_dir, if there is any"
-    )
+    resume_from: str | None = option(None, "checkpoint to go on from, or latest: the one saved last, if any")
     report_to: str | None = option(None, "a tracker that accelerate knows, such as tensorboard")
 
     def __post_init__(self) -> None:
@@ -111,8 +108,11 @@ class ModelOptions:
     def check_unused(self, config: Any) -> None:
         """Refuse sizes other than those of a model that is there already."""
         for item in dataclasses.fields(self):
-            value, fixed = getattr(self, item.name), config[item.name]
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            value, default, fixed = (
+                getattr(self, item.name),
+                getattr(ModelOptions(), item.name),
+                config[item.name],
+            )
             if value != default and value != (list(fixed) if isinstance(fixed, tuple) else fixed):
                 raise ValueError(f"{item.name}={value}: the pretrained model has {fixed}, which stays")
 
@@ -121,35 +121,30 @@ class ModelOptions:
 class FAROptions(RunOptions):
     """Options of training FAR. The defaults are the published ones where there are any."""
 
-    latents: str = option(
-        dataclasses.MISSING, "folder that encode_latents wrote: splits train and validation"
-    )
+    latents: str = option(dataclasses.MISSING, "what encode_latents wrote: splits train and validation")
     pretrained: str | None = option(None, "folder of a model to start from, such as ema of another run")
     objective: Literal["flow_matching", "flow_map"] = option(
-        "flow_matching", "flow_map: what an any-step model learns from a pretrained one"
+        "flow_matching", "flow_map makes any-step models"
     )
     num_frames: Count = option(16, "frames of a clip; of the longest clip of a Long model")
     length_distribution: Literal["uniform", "log_uniform"] = option(
         "uniform", "of a Long model's clips: uniform as published, or log_uniform, mostly short"
     )
     revisit_probability: Probability = option(
-        0.0, "chance of a clip whose window shows a view that the clip has before its window"
+        0.0, "chance of a clip whose window shows a view seen before it"
     )
-    condition_dropout: Share = option(
-        0.1, "chance of the label of a video, or the action of a frame, to be dropped"
-    )
+    condition_dropout: Share = option(0.1, "chance of a video's label, or a frame's action, to be dropped")
     clean_context_probability: Share = option(0.1, "chance of a frame of the window to be given clean")
     own_context_probability: Share = option(
         0.0,
-        "chance of a batch whose clean frames of the window are the model's own estimates of them (scheduled "
-        "sampling); not published. It keeps long rollouts from washing out",
+        "chance of a batch whose clean frames of the window are the model's own (scheduled sampling); not "
+        "published. It keeps long rollouts from washing out",
     )
     noisy_window_probability: Share = option(
-        0.0,
-        "chance of a batch whose windows have no clean frame: only the long-term frames can tell what comes",
+        0.0, "chance of a batch whose windows have no clean frame: only long-term frames can tell what comes"
     )
     muon_learning_rate: Positive | None = option(
-        None, "highest one of Muon, which then trains the matrices of the blocks and leaves the rest to AdamW"
+        None, "highest one of Muon, which then trains the matrices of the blocks; AdamW trains the rest"
     )
     adam_beta1: Share = option(0.9, "of AdamW")
     adam_beta2: Share = option(0.999, "of AdamW")
@@ -188,26 +183,20 @@ class AutoencoderOptions(RunOptions):
     train_split: str = option("train", "folder of the training videos")
     validation_split: str = option("validation", "folder of the held-out videos")
     latent_channels: Count = option(16, "channels of a latent")
-    block_out_channels: list[int] = option([32, 48, 96, 128], "channels of the stages; each halves the size")
-    layers_per_block: list[int] = option(
-        [0, 1, 1, 2], "layers of the stages; 0 first: none at full resolution"
-    )
+    block_out_channels: list[int] = option([32, 48, 96, 128], "channels of stages; each halves the size")
+    layers_per_block: list[int] = option([0, 1, 1, 2], "their layers; 0 first: none at full resolution")
     init_from: str | None = option(None, "folder of an autoencoder to go on from; it keeps its sizes")
-    freeze_encoder: bool = option(False, "train the decoder of init_from only: encoded latents stay valid")
-    gradient_loss_weight: NotNegative = option(
-        0.5, "weight of the L1 of differences in x and y beside the L1 of pixels"
-    )
-    perceptual_loss_weight: NotNegative = option(0.0, "weight of LPIPS (VGG); published: 1")
+    freeze_encoder: bool = option(False, "train the decoder of init_from only: latents stay valid")
+    gradient_loss_weight: NotNegative = option(0.5, "of L1 of differences in x and y, beside L1 of pixels")
+    perceptual_loss_weight: NotNegative = option(0.0, "of LPIPS (VGG); published: 1")
     adversarial_loss_weight: NotNegative = option(
-        0.0, "weight of a discriminator's opinion, times the adaptive one; published: 0.5"
+        0.0, "of a discriminator, times the adaptive one; published: 0.5"
     )
     discriminator_learning_rate: Positive = option(2e-4, "constant")
     discriminator_downsamples: Count = option(
         2, "it judges patches of 16 pixels with 1, 34 with 2, 70 with 3"
     )
-    latent_noise: NotNegative = option(
-        0.0, "noise on what the decoder sees, in deviations of the batch's latents"
-    )
+    latent_noise: NotNegative = option(0.0, "on what the decoder sees, in deviations of the batch's latents")
     num_validation_frames: Count = option(512, "frames of one validation")
     num_scaling_frames: Count = option(4096, "training frames behind scaling_factor")
 
@@ -284,8 +273,10 @@ def _recipe_words(recipe: str, known: set[str]) -> list[str]:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What a script says of the mistakes that its user can mend: the message, without a traceback."""
+def script() -> Iterator[None]:
+    """What every script does around its work: a log, and mistakes of its user in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file that it saves
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

@@ -52,8 +52,10 @@ DAMAGE = (
 class Trainee(Protocol):
     """What a run trains."""
 
-    def step(self) -> dict[str, float]:
-        """One step of the optimizer: values for the log, with `frames` as the number of frames seen."""
+    models: list[nn.Module]  # as the accelerator runs them
+
+    def step(self, index: int) -> dict[str, float]:
+        """Forward and backward of batch `index` of the run: values for the log, `frames` among them."""
 
     def validate(self) -> dict[str, float]:
         """Values for the log, with the averaged weights in the model."""
@@ -209,7 +211,7 @@ class Run:
                 started = clock.seconds
                 for optimizer in self.optimizers:
                     optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * clock.learning_rate_share
-                values.append(trainee.step())
+                values.append(self._step(trainee))
                 self.ema.step(self.model.parameters())
                 clock.step += 1
                 bar.update()
@@ -217,7 +219,7 @@ class Run:
                 busy += clock.seconds - started
 
                 if clock.step % options.logging_steps == 0 or clock.over:
-                    means = {name: float(np.mean([line[name] for line in values])) for name in values[0]}
+                    means = _means(values)
                     speed = means.pop("frames") * len(values) / busy
                     self.log(**means, frames_per_second=speed)
                     values, busy = [], 0.0
@@ -237,6 +239,14 @@ class Run:
         self.accelerator.end_training()
         return self.received_signal is None
 
+    def _step(self, trainee: Trainee) -> dict[str, float]:
+        """One step of the optimizers."""
+        num_batches, values = self.options.gradient_accumulation_steps, []
+        for index in range(self.clock.step * num_batches, (self.clock.step + 1) * num_batches):
+            with self.accelerator.accumulate(*trainee.models):
+                values.append(trainee.step(index))
+        return {**_means(values), "frames": sum(line["frames"] for line in values)}
+
     def descend(
         self,
         loss: Tensor,
@@ -245,7 +255,7 @@ class Run:
         max_grad_norm: float,
         sources: Iterable[str] = (),
     ) -> dict[str, float]:
-        """Backward, and a step of the optimizers if the gradient is complete: loss and norm for the log.
+        """Backward, and a step of the optimizers if the gradient is complete: values for the log.
 
         Args:
             sources: of the batch, for the error when loss or gradient are not finite.
@@ -473,6 +483,11 @@ def _difference(earlier: Any, now: Any) -> str:
             if earlier.get(name) != now[name]:
                 return f"{name}={earlier.get(name)} of the model, which is {now[name]} now"
     return "other data"
+
+
+def _means(values: list[dict[str, float]]) -> dict[str, float]:
+    """Of those that the last of some lines has."""
+    return {name: float(np.mean([line[name] for line in values if name in line])) for name in values[-1]}
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -18,7 +18,6 @@ Shapes: B batch, C latent channels, H x W frame, h x w latent grid.
 """
 
 import hashlib
-import logging
 import math
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from evaluation.lpips import LPIPS
 from evaluation.metrics import psnr, sharpness
 from training.clips import list_episodes, load_frames
-from training.options import AutoencoderOptions, errors_in_one_line, parse
+from training.options import AutoencoderOptions, parse, script
 from training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
 from training.run import Run
 
@@ -71,7 +70,11 @@ class AutoencoderTrainer:
             )
         self.held_out_frames = spread(held_out, options.num_validation_frames)
         self.autoencoder = build_autoencoder(options).to(device)
-        self._check_size()
+        height, width, factor = *self.frames.shape[1:3], self.autoencoder.spatial_compression_ratio
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{options.data} has frames of {height} x {width} pixels; it takes multiples of {factor}"
+            )
         trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         data = hashlib.sha256(
@@ -80,6 +83,7 @@ class AutoencoderTrainer:
         model = Reconstruction(self.autoencoder, options.latent_noise)
         config = dict(self.autoencoder.config)
         self.model, self.optimizers = self.run.prepare(model, [optimizer], config, data, {})
+        self.models = [self.model]
         self.perceptual = None
         if options.perceptual_loss_weight:
             self.perceptual = LPIPS("vgg16").to(device, memory_format=torch.channels_last)
@@ -95,14 +99,7 @@ class AutoencoderTrainer:
                 DiscriminatorLoss(self.discriminator),
                 torch.optim.AdamW(weights, rate, betas=(0.5, 0.9), weight_decay=0.0),
             )
-
-    def _check_size(self) -> None:
-        height, width = self.frames.shape[1:3]
-        factor = self.autoencoder.spatial_compression_ratio
-        if height % factor or width % factor:
-            raise ValueError(
-                f"{self.options.data} has frames of {height} x {width} pixels; it takes multiples of {factor}"
-            )
+            self.models.append(self.discriminator_loss)
 
     def train(self) -> bool:
         """From the first step, or a checkpoint, to the autoencoder; False if a signal ended it."""
@@ -111,29 +108,18 @@ class AutoencoderTrainer:
             self.run.export("autoencoder", self._write)
         return finished
 
-    def step(self) -> dict[str, float]:
-        """One step of the optimizers: loss, norm of the gradient, and frames."""
-        run, num_forwards = self.run, self.options.gradient_accumulation_steps
-        values = {"loss": 0.0, "frames": 0.0}
-        first = run.clock.step * num_forwards
-        for index in range(first, first + num_forwards):
-            inputs = to_input(
-                draw_batch(self.frames, self.options, index, run.accelerator.process_index),
-                run.accelerator.device,
-            )
-            models = [self.model] if self.discriminator is None else [self.model, self.discriminator_loss]
-            with run.accelerator.accumulate(*models):
-                decoded = self.model(inputs, run.generator(index))
-                measured = run.descend(
-                    self.loss(inputs, decoded), self.model, self.optimizers, self.options.max_grad_norm
-                )
-                if self.discriminator is not None:
-                    loss = self.discriminator_loss(inputs, decoded.detach())
-                    run.descend(loss, self.discriminator, [self.discriminator_optimizer], math.inf)
-            values["loss"] += measured.pop("loss") / num_forwards
-            values["frames"] += len(inputs) * run.accelerator.num_processes
-            values |= measured
-        return values
+    def step(self, index: int) -> dict[str, float]:
+        """Forward and backward of batch `index` of the run."""
+        run, accelerator = self.run, self.run.accelerator
+        frames = draw_batch(self.frames, self.options, index, accelerator.process_index)
+        inputs = to_input(frames, accelerator.device)
+        decoded = self.model(inputs, run.generator(index))
+        loss, max_norm = self.loss(inputs, decoded), self.options.max_grad_norm
+        values = run.descend(loss, self.model, self.optimizers, max_norm)
+        if self.discriminator is not None:
+            loss = self.discriminator_loss(inputs, decoded.detach())
+            run.descend(loss, self.discriminator, [self.discriminator_optimizer], math.inf)
+        return {**values, "frames": len(inputs) * accelerator.num_processes}
 
     def loss(self, inputs: Tensor, decoded: Tensor) -> Tensor:
         """Distance of reconstructions to frames, each [B, 3, H, W] in [-1, 1]."""
@@ -237,8 +223,7 @@ def measure_scaling_factor(autoencoder: AutoencoderDC, frames: np.ndarray, devic
 
 
 def main(command_line: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with errors_in_one_line():
+    with script():
         trainer = AutoencoderTrainer(*parse(command_line, (AutoencoderOptions,), __doc__))
         if not trainer.train():
             sys.exit(128 + (trainer.run.received_signal or 0))  # as the shell says of what a signal ended

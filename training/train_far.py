@@ -13,7 +13,6 @@ The objective is flow matching, as published (section 3 of the paper), or with `
 any-step model is made of a trained one (training/objectives.py).
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from evaluation.memory_loss import memory_loss
 from training.clips import ClipBatches, Clips, LatentVideos
 from training.matmul_attn_processor import MatmulAttnProcessor
 from training.objectives import FlowMap, FlowMatching
-from training.options import FAROptions, ModelOptions, errors_in_one_line, parse
+from training.options import FAROptions, ModelOptions, parse, script
 from training.run import Run
 
 MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
@@ -52,6 +51,7 @@ class FARTrainer:
         config, data = dict(model.config), videos.fingerprint()
         optimizers = create_optimizers(model, options)
         self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
+        self.models = [self.model]
         own_context = options.own_context_probability
         self.objective: FlowMap | FlowMatching
         if teacher is None:
@@ -87,22 +87,15 @@ class FARTrainer:
         """From the first step, or the checkpoint to resume from, to the end; False if a signal ended it."""
         return self.run.train(self)
 
-    def step(self) -> dict[str, float]:
-        """One step of the optimizers: loss, norm of the gradient, and frames of the windows."""
-        run, num_forwards = self.run, self.options.gradient_accumulation_steps
-        values = {"loss": 0.0, "frames": 0.0}
-        first = run.clock.step * num_forwards
-        for index in range(first, first + num_forwards):
-            clips = next(self._clips).to(run.accelerator.device)
-            with run.accelerator.accumulate(self.model):
-                loss = self.loss(clips, index)
-                measured = run.descend(
-                    loss, self.model, self.optimizers, self.options.max_grad_norm, clips.sources
-                )
-            values["loss"] += measured.pop("loss") / num_forwards
-            values["frames"] += len(clips.latents) * clips.window * run.accelerator.num_processes
-            values |= measured
-        return values
+    def step(self, index: int) -> dict[str, float]:
+        """Forward and backward of batch `index` of the run."""
+        run, clips = self.run, next(self._clips).to(self.run.accelerator.device)
+        frames = len(clips.latents) * clips.window * run.accelerator.num_processes
+        loss, max_norm = self.loss(clips, index), self.options.max_grad_norm
+        return {
+            **run.descend(loss, self.model, self.optimizers, max_norm, clips.sources),
+            "frames": frames,
+        }
 
     def loss(self, clips: Clips, index: int) -> Tensor:
         """Of batch `index` of the run."""
@@ -189,8 +182,7 @@ def create_optimizers(model: FARTransformer3DModel, options: FAROptions) -> list
 
 
 def main(command_line: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with errors_in_one_line():
+    with script():
         trainer = FARTrainer(*parse(command_line, (ModelOptions, FAROptions), __doc__))
         if not trainer.train():
             sys.exit(128 + (trainer.run.received_signal or 0))  # as the shell says of what a signal ended

@@ -297,8 +297,8 @@ def test_weights_that_are_not_finite_are_not_saved(latents: Path, tmp_path: Path
     spoilt = trainer(run_options(latents, tmp_path, "--save_steps", "1"))
     step = spoilt.step
 
-    def spoil() -> dict[str, float]:
-        values = step()
+    def spoil(index: int) -> dict[str, float]:
+        values = step(index)
         if spoilt.run.clock.step == 1:
             next(spoilt.run.model.parameters()).data[:] = math.inf
         return values

@@ -106,7 +106,7 @@ def test_actions_that_the_model_ignores_are_named(
     with caplog.at_level(logging.WARNING):
         run = trainer([*command[:at], *command[at + 2 :]])
     assert "has actions, which this model ignores (num_actions=None)" in caplog.text
-    assert run.step()["loss"] > 0
+    assert run.step(0)["loss"] > 0
 
 
 @pytest.mark.parametrize(
