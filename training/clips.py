@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +30,7 @@ from torch.utils.data import Dataset
 
 from diffusers_far import read_video
 
-VIDEO_SUFFIXES = (
-    ".avi",
-    ".flv",
-    ".gif",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".ts",
-    ".webm",
-    ".wmv",
-)
+VIDEO_ENDINGS = "avi|flv|gif|m4v|mkv|mov|mp4|mpeg|mpg|ts|webm|wmv"
 AUTOENCODER_KEY = "autoencoder_sha256"  # in the metadata of a file of latents
 
 logger = logging.getLogger(__name__)
@@ -76,19 +64,13 @@ def list_episodes(data: str | Path, split: str) -> list[Episode]:
     tables = sorted(file for file in folder.rglob("metadata.*") if file.suffix in (".jsonl", ".parquet"))
     videos = _videos(folder)
     if tables:
-        rows = {}
-        for table in tables:
-            for row in _rows(table):
-                episode = _episode(row, table)
-                if episode.video not in videos:
-                    raise ValueError(
-                        f"{table} names {episode.video.name}, which is no video in {table.parent}"
-                    )
-                if episode.video in rows:
-                    raise ValueError(f"{table} names {episode.video.name} twice")
-                rows[episode.video] = episode
-        _warn("metadata do not list", sorted(set(videos) - set(rows)))
-        episodes = list(rows.values())
+        episodes = [_episode(row, table) for table in tables for row in _rows(table)]
+        unlisted = set(videos)
+        for episode in episodes:
+            if episode.video not in unlisted:
+                raise ValueError(f"metadata name {episode.video}, which is no video, or twice")
+            unlisted.remove(episode.video)
+        _warn("metadata do not list", sorted(unlisted))
     else:
         classes = _class_names(Path(data))
         labelled = len(classes) > 1 and all(video.parent.parent == folder for video in videos)
@@ -97,13 +79,13 @@ def list_episodes(data: str | Path, split: str) -> list[Episode]:
     files = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     _warn("are no videos", sorted(set(files) - set(videos) - set(tables)))
     if not episodes:
-        raise ValueError(f"{folder} has no videos; a video's name ends in {', '.join(VIDEO_SUFFIXES)}")
+        raise ValueError(f"{folder} has no videos; a video's name ends in one of {VIDEO_ENDINGS}")
     return sorted(episodes, key=lambda episode: episode.video)
 
 
 def _videos(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
-    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    is_video = re.compile(rf"[^.].*\.({VIDEO_ENDINGS})", re.IGNORECASE).fullmatch
+    return sorted(file for file in folder.rglob("*") if is_video(file.name) and file.is_file())
 
 
 def _class_names(data: Path) -> list[str]:
@@ -124,13 +106,10 @@ def _rows(table: Path) -> list[Any]:
         from pyarrow import parquet  # comes with `datasets`; few have such a file
 
         return parquet.read_table(table).to_pylist()
-    rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{table}, line {number}: no JSON: {error}") from error
-    return rows
+    try:
+        return [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{table} has a line that is no JSON ({error}): {error.doc[:80]}") from error
 
 
 def _episode(row: Any, table: Path) -> Episode:

@@ -126,10 +126,8 @@ class Run:
         self.name, self.options = name, options
         self.output_dir = Path(options.output_dir)
         if options.resume_from is None:
-            used = [
-                path.name for path in (self.output_dir / "log.jsonl", *self.checkpoints()) if path.exists()
-            ]
-            if used:
+            found = (self.output_dir / "log.jsonl", *self.checkpoints())
+            if used := [path.name for path in found if path.exists()]:
                 raise ValueError(
                     f"output_dir={options.output_dir!r} was used: it has {used[-1]}; it takes a new folder, "
                     "or resume_from=latest to go on with that run"
@@ -292,6 +290,10 @@ class Run:
         finally:
             self.ema.restore(self.model.parameters())
 
+    def _averaged(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.model.named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
+
     def log(self, **values: float) -> None:
         """One line of log.jsonl and of the console."""
         clock = self.clock
@@ -339,12 +341,8 @@ class Run:
         """Checkpoint and weights of this step, unless they are there."""
         if self.clock.step == self._saved_step:
             return
-        for name, weights in (
-            ("weights", self.model.parameters()),
-            ("averaged weights", self.ema.shadow_params),
-        ):
-            finite = all(bool(weight.isfinite().all()) for weight in weights)
-            self._require_finite(name, 0.0 if finite else math.nan)
+        for name, weight in (*self.model.named_parameters(), *self._averaged().items()):
+            self._require_finite(name, float(weight.detach().abs().amax()))
         if self.clock.step != self._resumed_step:
             self._save_checkpoint()
         trainee.save_weights()
@@ -357,19 +355,10 @@ class Run:
             accelerator.wait_for_everyone()  # every process has a file of its own in it
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
-                names = [name for name, _ in self.model.named_parameters()]
-                averaged = {
-                    name: value.contiguous()
-                    for name, value in zip(names, self.ema.shadow_params, strict=True)
-                }
+                averaged = {name: weight.contiguous() for name, weight in self._averaged().items()}
                 save_file(averaged, partial / "averaged.safetensors")
-                state = {
-                    "step": clock.step,
-                    "seconds": clock.seconds,
-                    "saved_at": time.time(),
-                    **self.identity,
-                }
-                (partial / "run.json").write_text(json.dumps(state) + "\n")
+                state = {"step": clock.step, "seconds": clock.seconds, "saved_at": time.time()}
+                (partial / "run.json").write_text(json.dumps(state | self.identity) + "\n")
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for old in self.checkpoints()[: -self.options.keep_checkpoints]:
@@ -425,12 +414,11 @@ class Run:
         return state
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
         if "shadow_params" in state:
-            averaged = dict(zip(names, state["shadow_params"], strict=True))
+            averaged = dict(zip(self._averaged(), state["shadow_params"], strict=True))
         else:
             averaged = load_file(folder / "averaged.safetensors")
-        for name, weight in zip(names, self.ema.shadow_params, strict=True):
+        for name, weight in self._averaged().items():
             weight.copy_(averaged[name])
         with tempfile.TemporaryDirectory() as view:  # without the files that accelerate would unpickle
             for file in folder.iterdir():

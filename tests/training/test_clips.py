@@ -80,8 +80,8 @@ def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"file_name": "elsewhere.mp4"}, r"metadata\.jsonl names elsewhere\.mp4, which is no video"),
-        ({"file_name": "../../secret.mp4"}, r"names secret\.mp4, which is no video"),
+        ({"file_name": "elsewhere.mp4"}, r"metadata name .*train/elsewhere\.mp4, which is no video"),
+        ({"file_name": "../../secret.mp4"}, r"metadata name .*secret\.mp4, which is no video"),
         ({"actions": [1]}, "has a line without file_name"),
         (
             {"file_name": "a.mp4", "actions": [0, 0.5]},
@@ -103,10 +103,13 @@ def test_metadata_that_do_not_fit_are_named(tmp_path: Path, row: dict, message: 
 def test_bad_splits_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no folder 'test'"):
         list_episodes(tmp_path, "test")
-    with pytest.raises(ValueError, match=r"train has no videos; .*\.mp4"):
+    rows = [{"file_name": "a.mp4"}, {"file_name": "./a.mp4"}]
+    with pytest.raises(ValueError, match=r"metadata name .*a\.mp4, which is no video, or twice"):
+        list_episodes(split(tmp_path / "twice", "a.mp4", rows=rows), "train")
+    with pytest.raises(ValueError, match=r"train has no videos; .*\|mp4\|"):
         list_episodes(split(tmp_path, "notes.txt"), "train")
     (tmp_path / "train/metadata.jsonl").write_text("{not json\n")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: no JSON"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has a line that is no JSON .*: \{not json"):
         list_episodes(tmp_path, "train")
 
 
