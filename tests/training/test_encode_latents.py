@@ -1,6 +1,8 @@
 """`training/encode_latents.py` on videos of noise, with a random autoencoder of a few thousand parameters."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +17,16 @@ from safetensors.torch import load_file
 
 from diffusers_far import read_video
 from training import encode_latents as script
+from training.clips import LatentVideos
 
 NUM_FRAMES = 7
 
 
-def write_video(file: Path, seed: int) -> None:
-    frames = np.random.default_rng(seed).integers(0, 256, (NUM_FRAMES, 32, 32, 3), dtype=np.uint8)
+def write_video(file: Path, seed: int, height: int = 32, width: int = 32) -> None:
+    frames = np.random.default_rng(seed).integers(0, 256, (NUM_FRAMES, height, width, 3), dtype=np.uint8)
     with av.open(str(file), "w") as container:
         stream = container.add_stream("libx264", rate=15)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv444p"
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -82,12 +85,12 @@ def test_finished_files_are_kept(data: Path, tmp_path: Path) -> None:
     encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "train")
     kept, missing = (tmp_path / f"latents/train/0000{episode}.safetensors" for episode in (0, 1))
     assert not (tmp_path / "latents/validation").exists()
-    time_of_kept, content = kept.stat().st_mtime_ns, missing.read_bytes()
+    time_of_kept, content = kept.stat().st_mtime_ns, load_file(missing)
     missing.unlink()
-    missing.with_suffix(".1.partial").write_bytes(content[:50])  # what an interruption leaves
+    missing.with_suffix(".1.partial").write_bytes(kept.read_bytes()[:50])  # what an interruption leaves
     encode(data, tmp_path / "autoencoder", tmp_path / "latents")
     assert kept.stat().st_mtime_ns == time_of_kept
-    assert missing.read_bytes() == content
+    assert all(torch.equal(value, content[name]) for name, value in load_file(missing).items())
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.25}])
@@ -97,7 +100,7 @@ def test_latents_of_another_autoencoder_are_refused(
     save_autoencoder(tmp_path / "autoencoder")
     encode(data, tmp_path / "autoencoder", tmp_path / "latents")
     save_autoencoder(tmp_path / "other", **change)
-    with pytest.raises(ValueError, match=r"output: got a folder whose .*safetensors .* another autoencoder"):
+    with pytest.raises(ValueError, match=r"output: .*safetensors is of another autoencoder"):
         encode(data, tmp_path / "other", tmp_path / "latents")
 
 
@@ -123,7 +126,7 @@ def test_hash_is_in_the_metadata(data: Path, tmp_path: Path) -> None:
     autoencoder = save_autoencoder(tmp_path / "autoencoder")
     encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "validation")
     with safe_open(tmp_path / "latents/validation/00002.safetensors", framework="pt") as content:
-        assert content.metadata()[script.HASH_KEY] == script.hash_autoencoder(autoencoder)
+        assert content.metadata()[script.AUTOENCODER_KEY] == script.hash_autoencoder(autoencoder)
 
 
 def test_corrupt_video_is_named_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
@@ -151,14 +154,12 @@ def test_videos_without_actions(data: Path, tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"autoencoder: got '.*nowhere'; it takes a folder with config\.json"
-    ):
+    with pytest.raises(ValueError, match=r"autoencoder='.*nowhere' must be a folder with config\.json"):
         encode(data, tmp_path / "nowhere", tmp_path / "latents")
     save_autoencoder(tmp_path / "autoencoder")
-    with pytest.raises(ValueError, match="batch_size: got 0; it takes a positive number"):
+    with pytest.raises(ValueError, match="batch_size=0 must be an integer of at least 1"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--batch_size", "0")
-    with pytest.raises(ValueError, match=r"data: got .* which has no folder 'test'"):
+    with pytest.raises(ValueError, match=r"data=.* has no folder 'test'"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--splits", "test")
 
 
@@ -170,9 +171,68 @@ def test_latents_too_large_for_float16_are_refused(data: Path, tmp_path: Path) -
 
 def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
     save_autoencoder(tmp_path / "autoencoder")
-    command = [sys.executable, "training/encode_latents.py", str(data), "--splits", "validation"]
+    command = [sys.executable, "-m", "training.encode_latents", str(data), "--splits", "validation"]
     command += ["--autoencoder", str(tmp_path / "autoencoder"), "--output", str(tmp_path / "latents")]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "validation: 1 of 1 episodes" in result.stderr
     assert (tmp_path / "latents/validation/00002.safetensors").is_file()
+
+
+def test_changed_videos_and_actions_are_encoded_anew(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    files = [tmp_path / f"latents/train/0000{episode}.safetensors" for episode in (0, 1)]
+    before = [load_file(file) for file in files]
+    time = (data / "train/00000.mp4").stat().st_mtime
+    write_video(data / "train/00000.mp4", seed=9)
+    os.utime(data / "train/00000.mp4", (time, time))  # its content has changed, whatever the clock says
+    metadata = data / "train/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("[1, 2, 3", "[2, 2, 3"))
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    after = [load_file(file) for file in files]
+    assert not torch.equal(before[0]["latents"], after[0]["latents"])
+    assert torch.equal(before[1]["latents"], after[1]["latents"])
+    assert after[1]["actions"].tolist()[:3] == [2, 2, 3]
+
+
+def test_videos_of_one_name_in_two_folders(data: Path, tmp_path: Path) -> None:
+    for split, name in (("train", "cats"), ("train", "dogs"), ("validation", "dogs")):
+        (data / "classes" / split / name).mkdir(parents=True)
+        write_video(data / "classes" / split / name / "1.mp4", len(name + split))
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data / "classes", tmp_path / "autoencoder", tmp_path / "latents")
+    videos = LatentVideos(tmp_path / "latents/train")
+    assert [path.parent.name for path in videos.paths] == ["cats", "dogs"]
+    assert [int(label) for label in videos.class_labels] == [0, 1]
+    assert int(LatentVideos(tmp_path / "latents/validation").class_labels[0]) == 1
+    videos.keep_conditions(None, 2)
+
+
+def test_what_would_be_lost_or_stale_is_named(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    for file in data.glob("*/metadata.jsonl"):
+        file.unlink()
+    shutil.copy(data / "train/00001.mp4", data / "train/00001.mkv")
+    with pytest.raises(ValueError, match=r"00001\.mp4 and .*00001\.mkv would both become .*: rename one"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    (data / "train/00001.mkv").unlink()
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+    (data / "train/00001.mp4").unlink()
+    with pytest.raises(ValueError, match=r"1 files are of no video of .*train: .*00001\.safetensors; remove"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+
+
+def test_two_autoencoders_cannot_begin_in_one_folder(data: Path, tmp_path: Path) -> None:
+    """The folder is claimed before the first file is there."""
+    script.claim_folder(tmp_path / "latents", "a" * 64)
+    with pytest.raises(ValueError, match=r"\.autoencoder-a+ is of another autoencoder than b+"):
+        script.claim_folder(tmp_path / "latents", "b" * 64)
+    script.claim_folder(tmp_path / "latents", "a" * 64)
+
+
+def test_a_video_that_does_not_fit_the_autoencoder_is_named(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    write_video(data / "train/00001.mp4", 1, height=34, width=33)
+    with pytest.raises(ValueError, match=r"00001\.mp4: frames of 34 x 33 pixels; it takes multiples of 2"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents")

@@ -1,23 +1,11 @@
 """training/make_pipeline.py: two trained parts become one pipeline folder."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderDC, UniPCMultistepScheduler
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
-
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "make_pipeline.py"
-
-
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("make_pipeline", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+from training.make_pipeline import main
 
 
 @pytest.fixture
@@ -32,7 +20,7 @@ def parts(tmp_path):
     return ["--transformer", str(tmp_path / "far"), "--autoencoder", str(tmp_path / "vae")]
 
 
-def test_folder_loads_with_its_defaults(main, parts, tmp_path):
+def test_folder_loads_with_its_defaults(parts, tmp_path):
     output = tmp_path / "pipeline"
     main(
         [
@@ -41,7 +29,7 @@ def test_folder_loads_with_its_defaults(main, parts, tmp_path):
             str(output),
             "--solver",
             "UniPC",
-            "--num_inference_steps",
+            "--num-inference-steps",
             "3",
             "--sample_size",
             "16",
@@ -63,17 +51,17 @@ def test_folder_loads_with_its_defaults(main, parts, tmp_path):
     assert stored < 2.5 * weights + 50_000
 
 
-def test_existing_output_is_refused(main, parts, tmp_path):
+def test_existing_output_is_refused(parts, tmp_path):
     (tmp_path / "pipeline").mkdir()
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(ValueError, match="is there already"):
         main([*parts, "--output", str(tmp_path / "pipeline")])
 
 
-def test_parts_that_do_not_fit_are_refused(main, parts, tmp_path):
+def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
     FARTransformer3DModel(
         in_channels=8, num_layers=1, num_attention_heads=1, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
     ).save_pretrained(tmp_path / "other")
     arguments = ["--transformer", str(tmp_path / "other"), *parts[2:], "--output", str(tmp_path / "pipeline")]
-    with pytest.raises(SystemExit, match="4 channels, the transformer takes 8"):
+    with pytest.raises(ValueError, match="4 channels; the transformer takes 8"):
         main(arguments)
     assert not (tmp_path / "pipeline").exists()

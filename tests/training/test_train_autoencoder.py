@@ -1,6 +1,7 @@
 """`training/train_autoencoder.py` on videos of moving squares, with a model of a few thousand parameters."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,13 @@ import av
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderDC
 
 from diffusers_far import read_video
 from evaluation.metrics import sharpness
 from training import train_autoencoder as script
-from training.data.video_folder import list_episodes, load_frames
+from training.clips import list_episodes, load_frames
+from training.options import AutoencoderOptions, parse
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_run(data: Path, output: Path, **changes: object) -> script.AutoencoderArguments:
+def tiny_run(data: Path, output: Path, **changes: object) -> AutoencoderOptions:
     values = {
         "latent_channels": 4,
         "block_out_channels": [8, 16],
@@ -66,7 +67,11 @@ def tiny_run(data: Path, output: Path, **changes: object) -> script.AutoencoderA
         "ema_decay": 0.9,
         "latent_noise": 0.05,
     }
-    return script.AutoencoderArguments(**{"data": str(data), "output_dir": str(output), **values, **changes})
+    return AutoencoderOptions(**{"data": str(data), "output_dir": str(output), **values, **changes})
+
+
+def train(data: Path, output: Path, **changes: object) -> bool:
+    return script.AutoencoderTrainer(tiny_run(data, output, **changes)).train()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,7 +82,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run that is long enough to learn something."""
     output = tmp_path_factory.mktemp("trained")
-    script.train(tiny_run(data, output, max_train_steps=80))
+    train(data, output, max_train_steps=80)
     return output
 
 
@@ -114,23 +119,20 @@ def test_output_is_in_the_convention_of_the_pipeline(data: Path, trained: Path) 
 
 def test_resumed_run_equals_an_unbroken_one(data: Path, tmp_path: Path) -> None:
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    script.train(tiny_run(data, unbroken, max_train_steps=6, save_steps=3))
+    train(data, unbroken, max_train_steps=6, save_steps=3)
     # What an interruption after step 3 leaves behind, in the middle of writing another checkpoint.
-    shutil.copytree(unbroken / "checkpoint-3", resumed / "checkpoint-3")
-    (resumed / "checkpoint-6.partial").mkdir()
-    script.train(tiny_run(data, resumed, max_train_steps=6, save_steps=3, resume_from="latest"))
+    shutil.copytree(unbroken / "checkpoint-0000003", resumed / "checkpoint-0000003")
+    (resumed / "checkpoint-0000006.old").mkdir()
+    train(data, resumed, max_train_steps=6, save_steps=3, resume_from="latest")
     expected, got = weights(unbroken), weights(resumed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert sorted(path.name for path in resumed.iterdir()) == ["autoencoder", "checkpoint-3", "checkpoint-6"]
-
-
-def test_latest_without_checkpoints_starts_anew(data: Path, tmp_path: Path) -> None:
-    assert script.find_checkpoint(tiny_run(data, tmp_path, resume_from="latest")) is None
+    kept = ["checkpoint-0000003", "checkpoint-0000006", "checkpoint-0000006.old"]
+    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == kept
 
 
 def test_frozen_encoder_keeps_latents_valid(data: Path, trained: Path, tmp_path: Path) -> None:
     init_from = str(trained / "autoencoder")
-    script.train(tiny_run(data, tmp_path, init_from=init_from, freeze_encoder=True))
+    train(data, tmp_path, init_from=init_from, freeze_encoder=True)
     before = AutoencoderDC.from_pretrained(init_from)
     after = AutoencoderDC.from_pretrained(tmp_path / "autoencoder")
     assert after.config.scaling_factor == before.config.scaling_factor
@@ -147,11 +149,11 @@ def test_perceptual_loss_brings_reconstructions_nearer_in_lpips(
     data: Path, trained: Path, tmp_path: Path
 ) -> None:
     inputs = script.to_input(frames_of(data, "train"), CPU)
-    stage = {"init_from": str(trained / "autoencoder"), "freeze_encoder": True, "max_train_steps": 20}
+    stage = {"init_from": str(trained / "autoencoder"), "freeze_encoder": True, "max_train_steps": 40}
     distances = []
     for weight in (0.0, 5.0):
         output = tmp_path / str(weight)
-        script.train(tiny_run(data, output, learning_rate=2e-3, perceptual_loss_weight=weight, **stage))
+        train(data, output, learning_rate=2e-3, perceptual_loss_weight=weight, **stage)
         autoencoder = AutoencoderDC.from_pretrained(output / "autoencoder")
         with torch.no_grad():
             decoded = script.Reconstruction(autoencoder, 0.0)(inputs)
@@ -168,9 +170,9 @@ def test_adversarial_run_resumes_as_if_unbroken(data: Path, trained: Path, tmp_p
         "save_steps": 2,
     }
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    script.train(tiny_run(data, unbroken, **stage, **ADVERSARIAL))
-    shutil.copytree(unbroken / "checkpoint-2", resumed / "checkpoint-2")
-    script.train(tiny_run(data, resumed, resume_from="latest", **stage, **ADVERSARIAL))
+    train(data, unbroken, **stage, **ADVERSARIAL)
+    shutil.copytree(unbroken / "checkpoint-0000002", resumed / "checkpoint-0000002")
+    train(data, resumed, resume_from="latest", **stage, **ADVERSARIAL)
     expected, got = weights(unbroken), weights(resumed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -178,15 +180,10 @@ def test_adversarial_run_resumes_as_if_unbroken(data: Path, trained: Path, tmp_p
 def test_discriminator_changes_what_is_learned(data: Path, trained: Path, tmp_path: Path) -> None:
     stage = {"init_from": str(trained / "autoencoder"), "freeze_encoder": True, "learning_rate": 1e-3}
     for name, adversary in (("without", {}), ("with", ADVERSARIAL | {"perceptual_loss_weight": 0.0})):
-        script.train(tiny_run(data, tmp_path / name, **stage, **adversary))
+        train(data, tmp_path / name, **stage, **adversary)
     plain, adversarial = weights(tmp_path / "without"), weights(tmp_path / "with")
     assert all(torch.equal(plain[name], adversarial[name]) for name in plain if name.startswith("encoder"))
     assert not torch.equal(plain["decoder.conv_in.weight"], adversarial["decoder.conv_in.weight"])
-
-
-def test_checkpoints_beyond_the_limit_are_removed(data: Path, tmp_path: Path) -> None:
-    script.train(tiny_run(data, tmp_path, save_steps=1, keep_checkpoints=2))
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_batches_depend_on_step_process_and_seed_only(data: Path, tmp_path: Path) -> None:
@@ -194,13 +191,6 @@ def test_batches_depend_on_step_process_and_seed_only(data: Path, tmp_path: Path
     draws = [script.draw_batch(frames, arguments, step, process) for step in (0, 1) for process in (0, 1)]
     assert np.array_equal(draws[0], script.draw_batch(frames, arguments, 0, 0))
     assert len({tuple(draw) for draw in draws}) == 4
-
-
-def test_learning_rate_rises_then_falls_to_zero(data: Path, tmp_path: Path) -> None:
-    arguments = tiny_run(data, tmp_path, max_train_steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [script.learning_rate_at(step, arguments) for step in range(101)]
-    assert rates[0] < 0.1 and max(rates) > 0.95 and rates[100] == pytest.approx(0)
-    assert np.argmax(rates) == 10
 
 
 def test_gradient_loss_is_that_of_the_finite_differences(data: Path, tmp_path: Path) -> None:
@@ -215,25 +205,23 @@ def test_gradient_loss_is_that_of_the_finite_differences(data: Path, tmp_path: P
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"nan at step \d"):
-        script.train(tiny_run(data, tmp_path, learning_rate=1e30, max_train_steps=9, warmup_steps=0))
+    with pytest.raises(FloatingPointError, match=r"step \d: (loss|norm of the gradient) is (nan|inf)"):
+        train(data, tmp_path, learning_rate=1e30, max_train_steps=9, warmup_steps=0)
     assert not (tmp_path / "autoencoder").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size: got 0; it takes a positive number"),
-        ({"latent_noise": -0.1}, "latent_noise: got -0.1; it takes"),
-        ({"perceptual_loss_weight": -1.0}, "perceptual_loss_weight: got -1.0; it takes"),
-        ({"discriminator_downsamples": 0}, "discriminator_downsamples: got 0; it takes a positive number"),
-        ({"ema_decay": 1.0}, "ema_decay: got 1.0; it takes"),
-        ({"mixed_precision": "int8"}, "mixed_precision: got 'int8'; it takes no, bf16 or fp16"),
+        ({"latent_noise": -0.1}, "latent_noise=-0.1 must be a number of at least 0"),
+        ({"perceptual_loss_weight": math.nan}, "perceptual_loss_weight=nan must be a number of at least 0"),
+        ({"discriminator_downsamples": 0}, "discriminator_downsamples=0 must be an integer of at least 1"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0 must be a number in \[0, 1\)"),
         (
             {"layers_per_block": [1]},
-            r"layers_per_block: got \[1\]; it takes one number per block_out_channels",
+            r"layers_per_block=\[1\] takes one number for each of block_out_channels",
         ),
-        ({"freeze_encoder": True}, "init_from: got None; it takes a folder"),
+        ({"freeze_encoder": True}, "init_from=None: freeze_encoder takes the folder of an autoencoder"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
@@ -241,32 +229,26 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
         tiny_run(Path("data"), Path("output"), **changes)
 
 
-def test_bad_checkpoint_and_split_are_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"resume_from: got '.*nowhere'"):
-        script.find_checkpoint(tiny_run(data, tmp_path, resume_from="nowhere"))
-    with pytest.raises(ValueError, match="no folder 'test'"):
-        list_episodes(data, "test")
+def test_frames_that_the_autoencoder_cannot_halve_are_named(data: Path, tmp_path: Path) -> None:
+    sizes = {"block_out_channels": [8] * 7, "layers_per_block": [0] * 7}
+    with pytest.raises(ValueError, match="squares has frames of 32 x 32 pixels; it takes multiples of 64"):
+        script.AutoencoderTrainer(tiny_run(data, tmp_path, **sizes))
 
 
-def test_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump({"data": "d", "output_dir": "o", "layers_per_block": [0, 1, 1, 3], "seed": 1})
-    )
-    arguments = script.parse_arguments([str(recipe), "--seed", "2", "--freeze_encoder", "--init_from", "i"])
-    assert (arguments.data, arguments.layers_per_block, arguments.seed) == ("d", [0, 1, 1, 3], 2)
-    assert arguments.freeze_encoder
-    recipe.write_text("sead: 1")
-    with pytest.raises(ValueError, match="recipe: got 'sead'; it takes data, output_dir"):
-        script.parse_arguments([str(recipe)])
+def test_a_run_goes_on_with_the_same_frames_only(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", max_train_steps=1)
+    other = shutil.copytree(data, tmp_path / "other")
+    write_video(other / "train/00000.mp4", moving_square(8))
+    with pytest.raises(ValueError, match="was trained with other data"):
+        train(other, tmp_path / "run", resume_from="latest")
 
 
 def test_shipped_recipes_are_valid(repository: Path) -> None:
-    recipes = repository / "training/recipes"
-    arguments = script.parse_arguments([str(recipes / "autoencoder_doom_maze.yaml")])
-    assert script.build_autoencoder(arguments).spatial_compression_ratio == 8
-    second = script.parse_arguments([str(recipes / "autoencoder_doom_maze_decoder.yaml")])
-    assert second.init_from == f"{arguments.output_dir}/autoencoder" and second.freeze_encoder
+    names = ("autoencoder_doom_maze.yaml", "autoencoder_doom_maze_decoder.yaml")
+    recipes = (str(repository / "training/recipes" / name) for name in names)
+    first, second = (parse([recipe], (AutoencoderOptions,), None)[0] for recipe in recipes)
+    assert script.build_autoencoder(first).spatial_compression_ratio == 8
+    assert second.init_from == f"{first.output_dir}/autoencoder" and second.freeze_encoder
 
 
 def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
@@ -274,12 +256,13 @@ def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_pat
     recipe.write_text(
         "block_out_channels: [8, 16]\nlayers_per_block: [0, 1]\nlatent_channels: 4\nmax_train_steps: 9\n"
     )
-    command = [sys.executable, "training/train_autoencoder.py", str(recipe), "--data", str(data)]
-    command += ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--num_threads", "1"]
+    command = [sys.executable, "-m", "training.train_autoencoder", str(recipe), "--data", str(data)]
+    command += ["--output-dir", str(tmp_path / "run"), "--max-train-steps", "2", "--num_threads", "1"]
+    command += ["--validation_steps", "1", "--gradient_accumulation_steps", "2"]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "validation PSNR" in result.stderr
-    assert (tmp_path / "run/checkpoint-2").is_dir()
+    assert "validation_psnr=" in result.stdout
+    assert (tmp_path / "run/checkpoint-0000002").is_dir()
     assert AutoencoderDC.from_pretrained(tmp_path / "run/autoencoder").config.latent_channels == 4
 
 

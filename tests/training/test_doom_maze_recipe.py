@@ -1,0 +1,78 @@
+"""training/recipes/doom_maze.sh: every step in its place with options that its script takes, and going on."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from training.encode_latents import EncodeOptions
+from training.make_pipeline import PipelineOptions
+from training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
+
+# Stands in for python: notes its words, and makes the folder that the real one would leave.
+PYTHON = """#!/usr/bin/env bash
+printf '%q ' "$@" >> commands; echo >> commands
+[ "$(wc -l < commands)" != "${FAIL_AT:-none}" ] || exit 7
+mkdir -p doom-maze-64 latents-doom-maze-64 runs/checkpoints/far-doom-maze-64{,-any-step} \\
+  runs/{autoencoder_doom_maze,autoencoder_doom_maze_decoder,far_doom_maze,far_doom_maze_any_step}
+"""
+
+
+@pytest.fixture
+def checkout(repository: Path, tmp_path: Path) -> Path:
+    """A folder that has the recipes and nothing else."""
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training/recipes").symlink_to(repository / "training/recipes")
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def run(checkout: Path, **environment: str) -> int:
+    environment = os.environ | {"PYTHON": str(checkout / "python")} | environment
+    return subprocess.run(["training/recipes/doom_maze.sh"], cwd=checkout, env=environment).returncode
+
+
+def commands(checkout: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in (checkout / "commands").read_text().splitlines()]
+
+
+def test_every_step_has_options_that_its_script_takes(
+    checkout: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(checkout) == 0
+    monkeypatch.chdir(repository)
+    kinds = {
+        "training.train_autoencoder": (AutoencoderOptions,),
+        "training.train_far": (ModelOptions, FAROptions),
+        "training.make_pipeline": (PipelineOptions,),
+    }
+    record, *steps = commands(checkout)
+    assert record[:2] == ["data/doom_maze.py", "doom-maze-64"]
+    parsed = []
+    for words in steps:
+        module, *options = words[len(words) - words[::-1].index("-m") :]
+        if module == "training.encode_latents":
+            vae = "checkpoints/far-doom-maze-64/vae"  # it must be there
+            options[options.index("--autoencoder") + 1] = vae
+            parsed.append(parse(options, (EncodeOptions,), None, positional="data")[1])
+        else:
+            parsed.append(parse(options, kinds[module], None)[-1])
+    first, second, encoded, far, pipeline, any_step, any_step_pipeline = parsed
+    assert second.init_from == f"{first.output_dir}/autoencoder" and first.data == second.data == record[1]
+    assert encoded.output == far.latents == any_step.latents
+    assert pipeline.transformer == any_step.pretrained == f"{far.output_dir}/ema"
+    assert any_step_pipeline.transformer == f"{any_step.output_dir}/ema"
+    assert pipeline.autoencoder == any_step_pipeline.autoencoder == f"{second.output_dir}/autoencoder"
+    assert pipeline.num_training_frames == far.num_frames == any_step.num_frames
+
+
+def test_it_goes_on_where_it_was(checkout: Path) -> None:
+    assert run(checkout, FAIL_AT="5") == 7
+    assert len(commands(checkout)) == 5
+    assert run(checkout) == 0
+    done = commands(checkout)
+    assert done[5] == done[4] and len(done) == 9
+    assert run(checkout) == 0 and len(commands(checkout)) == 9

@@ -1,1 +1,0 @@
-"""What the training scripts read: videos of a `datasets` videofolder, and their latents."""
