@@ -522,6 +522,17 @@ def test_guidance_may_end_on_the_way() -> None:
     assert max_error(ended, plain) > 1e-3  # the first step was guided
 
 
+def test_guidance_cannot_begin_on_the_way() -> None:
+    pipe = pipeline(transformer(num_classes=5))
+
+    def begin(pipe: FARVideoPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        pipe._guidance_scale = 2.0
+        return tensors
+
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0 was set in a call that began without"):
+        pipe(num_frames=2, class_labels=3, callback_on_step_end=begin)
+
+
 def test_a_second_call_at_once_is_refused(pipe: FARVideoPipeline) -> None:
     def call_again(inner: FARVideoPipeline, *_: Any) -> dict:
         with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="in a call already"):

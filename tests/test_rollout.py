@@ -430,6 +430,48 @@ def test_a_state_of_another_rollout() -> None:
             other.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_inference_steps": 2},
+        {"guidance_scale": 2.0},
+        {"flex_rope_slope": 0.3},
+        {"context_schedule": ContextSchedule(max_long_frames=1)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_changed_settings_are_as_if_they_had_always_been(settings: dict[str, Any]) -> None:
+    model = long_transformer(num_actions=4)
+    rollout = make_rollout(model, 6)
+    made = continue_rollout(rollout, 2)
+    rollout.change(**settings)
+    fresh = make_rollout(model, 0, **settings)
+    fresh.append(video_latents=torch.cat([latents(BATCH, 6), made], dim=1), actions=action_table(8))
+    assert relative_error(continue_rollout(rollout, 3), continue_rollout(fresh, 3)) <= TOLERANCE
+
+
+def test_a_change_that_does_not_fit_changes_nothing() -> None:
+    model = long_transformer(num_actions=4)
+    rollout = make_rollout(model, 6)
+    for settings, message in (
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"guidance_scale": 3, "flex_rope_slope": -1}, "flex_rope_slope=-1"),
+        ({"generator": None}, "generator"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            rollout.change(**settings)
+    assert relative_error(continue_rollout(rollout, 2), roll(model, 6, 2)) <= TOLERANCE
+
+
+def test_memory_that_is_switched_on_again_has_what_is_kept() -> None:
+    schedules = [ContextSchedule(max_long_frames=bound) for bound in (0, 20)]
+    rollout = make_rollout(long_transformer(), 12, max_rewind_frames=5, context_schedule=schedules[0])
+    assert rollout.context.long == ()
+    rollout.change(context_schedule=schedules[1])
+    assert rollout.context.long == (4, 5, 6, 7, 8)  # a window of 4 before the frame to which one can go back
+    assert torch.isfinite(continue_rollout(rollout, 2)).all()
+
+
 def test_begun_under_inference_mode() -> None:
     expected = roll(long_transformer(num_actions=4), 6, 4)
     with torch.inference_mode():

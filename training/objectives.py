@@ -24,7 +24,6 @@ from diffusers_far.flow_matching import (
 )
 from diffusers_far.kv_cache import Slot
 from training.clips import Clips
-from training.matmul_attn_processor import MatmulAttnProcessor
 
 NUM_TEACHER_STEPS = 8  # of the longest interval of a flow map; shorter ones take as many
 
@@ -88,9 +87,6 @@ class FlowMap:
         self.network: FARTransformer3DModel = getattr(model, "module", model)  # of several processes
         self.teacher = teacher.requires_grad_(False)
         self.own_context_probability = own_context_probability
-        self.processor = MatmulAttnProcessor()
-        for network in (self.network, teacher):
-            network.set_attn_processor(self.processor)
 
     def held_out(self) -> dict[str, "FlowMap"]:
         """What validation measures: as in training, but from true frames only."""
@@ -151,16 +147,15 @@ class FlowMap:
         """
         window = clips.window
         positions = torch.arange(context.next_position - window, context.next_position, device=frames.device)
-        with self.processor.copies(window):
-            return model(
-                frames,
-                start * 1000,
-                class_labels=clips.class_labels,
-                actions=None if clips.actions is None else clips.actions[:, -window:],
-                cache=context,
-                frame_positions=positions,
-                timestep_r=None if end is None else end * 1000,
-            ).sample.float()
+        return model(  # the frames are in the cache, too: noisy copies
+            frames,
+            start * 1000,
+            class_labels=clips.class_labels,
+            actions=None if clips.actions is None else clips.actions[:, -window:],
+            cache=context,
+            frame_positions=positions,
+            timestep_r=None if end is None else end * 1000,
+        ).sample.float()
 
 
 def draw_noise(clips: Clips, generator: torch.Generator) -> tuple[Tensor, Tensor]:

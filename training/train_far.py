@@ -159,8 +159,9 @@ def create_models(
         teacher = model
         model = FARTransformer3DModel.from_config(teacher.config, use_meanflow=True)
         model.load_state_dict(teacher.state_dict(), strict=False)  # it may have no weights for intervals
-    elif options.attention == "matmul":
-        model.set_attn_processor(MatmulAttnProcessor())
+    if options.attention == "matmul":
+        for network in (model, teacher or model):
+            network.set_attn_processor(MatmulAttnProcessor())
     if options.compile:
         model.compile_repeated_blocks(dynamic=True)
     return model, teacher

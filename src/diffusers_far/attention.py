@@ -10,6 +10,42 @@ from torch import Tensor, nn
 from .kv_cache import LayerCache
 from .matmul_attention import matmul_attention
 from .rope import RotaryEmbedding, rotate
+from .tokens import Streams
+
+
+def attention_mask(
+    positions: Tensor,
+    context_positions: Tensor | None,
+    flex_rope_slope: float,
+    dtype: torch.dtype,
+    one_frame: bool,
+) -> Tensor:
+    """Which tokens see which, with FlexRoPE's temporal decay.
+
+    A frame sees itself and, of every earlier frame, the cached version where there is one, else the one in
+    this forward. With a slope, its logits get `-slope * (query frame - key frame)` on top (FlexRoPE).
+
+    Args:
+        positions: `[N]` place in time of each token of this forward.
+        context_positions: `[Nc]` place in time of each token in the cache, or None.
+        flex_rope_slope: decay per frame, 0 or more.
+        dtype: dtype of the bias.
+        one_frame: whether all tokens are of one frame: then one row serves them all.
+
+    Returns:
+        `[1, 1, N or 1, Nc + N]`: True where a key is seen if the slope is 0, else the bias of the logits.
+    """
+    queries = positions[:1] if one_frame else positions
+    seen = positions <= queries[:, None]
+    distance = queries[:, None] - positions
+    if context_positions is not None:
+        cached = (positions[:, None] == context_positions).any(dim=1)
+        seen &= (positions == queries[:, None]) | ~cached
+        seen = torch.cat([context_positions < queries[:, None], seen], dim=1)
+        distance = torch.cat([queries[:, None] - context_positions, distance], dim=1)
+    if flex_rope_slope == 0:
+        return seen[None, None]
+    return (distance.to(dtype) * -flex_rope_slope).masked_fill(~seen, float("-inf"))[None, None]
 
 
 class FARAttnProcessor:
@@ -21,26 +57,25 @@ class FARAttnProcessor:
     def __call__(
         self,
         attn: "FARAttention",
-        hidden_states: Tensor,
+        streams: Streams,
         image_rotary_emb: RotaryEmbedding,
-        num_long_tokens: int = 0,
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        query, key, value = attn.project(hidden_states, num_long_tokens)  # each [B, N, heads, head_dim]
+    ) -> Streams:
+        query, key, value = attn.project(streams)  # each [B, N, heads, head_dim]
         query, key = rotate(torch.cat([query, key], dim=2), image_rotary_emb).chunk(2, dim=2)
         if cache is not None:
             key, value = cache.extend(key, value)
         one_frame = attention_mask is None or attention_mask.shape[-2] == 1
         exact_on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
         if self._attention_backend is None and one_frame and exact_on_cpu:
-            hidden_states = matmul_attention(query, key, value, attention_mask)
+            attended = matmul_attention(query, key, value, attention_mask)
         else:
             backend, parallel_config = self._attention_backend, self._parallel_config
-            hidden_states = dispatch_attention_fn(
+            attended = dispatch_attention_fn(
                 query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
             )
-        return attn.project_out(hidden_states.flatten(2, 3).to(query.dtype), num_long_tokens)
+        return attn.project_out(attended.flatten(2, 3).to(query.dtype), streams)
 
 
 class FARAttention(nn.Module, AttentionModuleMixin):
@@ -55,7 +90,7 @@ class FARAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = FARAttnProcessor
     _available_processors = [FARAttnProcessor]
-    processor: Callable[..., Tensor]
+    processor: Callable[..., Streams]
     to_qkv: nn.Linear  # these two are made by fuse_projections
     to_added_qkv: nn.Linear
 
@@ -83,42 +118,42 @@ class FARAttention(nn.Module, AttentionModuleMixin):
             self.norm_added_k = nn.RMSNorm(dim_head, eps=1e-6)
         self.processor = self._default_processor_cls()
 
-    def project(self, hidden_states: Tensor, num_long_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `[B, N, heads, head_dim]` of tokens `[B, N, D]`."""
+    def project(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[B, N, heads, head_dim]` of the tokens of all streams."""
         fused = self.fused_projections
-        short_linears = [self.to_qkv] if fused else [self.to_q, self.to_k, self.to_v]
-        short_norms = (self.norm_q, self.norm_k)
-        if num_long_tokens == 0:
-            return self._project(hidden_states, short_linears, *short_norms)
-        long_linears = [self.to_added_qkv] if fused else [self.add_q_proj, self.add_k_proj, self.add_v_proj]
-        long_norms = (self.norm_added_q, self.norm_added_k)
-        long = self._project(hidden_states[:, :num_long_tokens], long_linears, *long_norms)
-        short = self._project(hidden_states[:, num_long_tokens:], short_linears, *short_norms)
+        linears = [self.to_qkv] if fused else [self.to_q, self.to_k, self.to_v]
+        short = self._project(streams[-1], linears, self.norm_q, self.norm_k)
+        if len(streams) == 1:
+            return short
+        linears = [self.to_added_qkv] if fused else [self.add_q_proj, self.add_k_proj, self.add_v_proj]
+        long = self._project(streams[0], linears, self.norm_added_q, self.norm_added_k)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(long, short, strict=True))
         return query, key, value
 
     def _project(
-        self, tokens: Tensor, linears: list[nn.Linear], norm_q: nn.Module, norm_k: nn.Module
+        self, stream: Tensor, linears: list[nn.Linear], norm_q: nn.Module, norm_k: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = stream.flatten(1, 2)
         projected = [part for linear in linears for part in linear(tokens).chunk(3 // len(linears), dim=-1)]
         query, key, value = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in projected)
         return norm_q(query), norm_k(key), value
 
-    def project_out(self, hidden_states: Tensor, num_long_tokens: int) -> Tensor:
-        """Output projection `[B, N, D]`; long-term tokens pass as they are where nothing reads them."""
-        if num_long_tokens == 0:
-            return self.to_out[0](hidden_states)
-        long, short = hidden_states[:, :num_long_tokens], hidden_states[:, num_long_tokens:]
+    def project_out(self, attended: Tensor, streams: Streams) -> Streams:
+        """Output projection of `[B, N, D]` as streams; long-term tokens pass where nothing reads them."""
+        shape = streams[-1].shape[1:3]
+        if len(streams) == 1:
+            return [self.to_out[0](attended).unflatten(1, shape)]
+        split = streams[0].shape[1] * streams[0].shape[2]
+        long, short = attended[:, :split], attended[:, split:]
         if self.to_add_out is not None:
             long = self.to_add_out(long)
-        return torch.cat([long, self.to_out[0](short)], dim=1)
+        return [long.unflatten(1, streams[0].shape[1:3]), self.to_out[0](short).unflatten(1, shape)]
 
     def forward(
         self,
-        hidden_states: Tensor,
+        streams: Streams,
         image_rotary_emb: RotaryEmbedding,
-        num_long_tokens: int = 0,
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        return self.processor(self, hidden_states, image_rotary_emb, num_long_tokens, attention_mask, cache)
+    ) -> Streams:
+        return self.processor(self, streams, image_rotary_emb, attention_mask, cache)

@@ -39,10 +39,13 @@ class LayerCache:
             buffer[:, start:end] = buffer[:, tokens].clone()
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `[B, N, heads, head_dim]` behind the context; return context and new tokens as one view."""
-        end = self.num_tokens + key.shape[1]
-        self.keys[:, self.num_tokens : end] = key
-        self.values[:, self.num_tokens : end] = value
+        """Write `[B, N, heads, head_dim]` behind the context; return context and new tokens together."""
+        start, end = self.num_tokens, self.num_tokens + key.shape[1]
+        self.keys[:, start:end] = key.detach()
+        self.values[:, start:end] = value.detach()
+        if torch.is_grad_enabled() and key.requires_grad:  # a gradient cannot pass through the buffers
+            context = self.keys[:, :start].clone(), self.values[:, :start].clone()
+            return torch.cat([context[0], key], dim=1), torch.cat([context[1], value], dim=1)
         return self.keys[:, :end], self.values[:, :end]
 
 

@@ -266,6 +266,11 @@ class FARVideoPipeline(DiffusionPipeline):
                     number = index * rollout.num_timesteps + step
                     returned = callback(self, number, timestep, callback_kwargs)
                     latents = (returned or {}).get("latents", latents)
+                    if self.do_classifier_free_guidance and not rollout.do_classifier_free_guidance:
+                        raise ValueError(
+                            f"guidance_scale={self._guidance_scale} was set in a call that began without "
+                            "guidance; begin with a guidance_scale other than 0 and 1"
+                        )
                     rollout.guidance_scale = self._guidance_scale
                 step_bar.update()
                 if self.interrupt:

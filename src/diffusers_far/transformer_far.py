@@ -16,17 +16,19 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .attention import FARAttention
-from .frame_layout import (
-    FrameLayout,
-    attention_mask,
-    check_inputs,
-    patchify,
-    split_frames,
-    unpatchify,
-)
+from .attention import FARAttention, attention_mask
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
+from .tokens import (
+    Streams,
+    check_inputs,
+    patchify,
+    per_stream,
+    per_token,
+    split_frames,
+    token_coordinates,
+    unpatchify,
+)
 
 
 @dataclass
@@ -40,10 +42,6 @@ class FARTransformer3DModelOutput(BaseOutput):
     sample: Tensor
 
 
-def _scale_shift(hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, hidden_states, 1 + scale)
-
-
 class FARAdaLayerNorm(nn.Module):
     """LayerNorm with shift, scale and gate of each frame, which `linear` makes of the frame's condition."""
 
@@ -52,9 +50,14 @@ class FARAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(dim, 3 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-    def forward(self, tokens: Tensor, modulation: Tensor, layout: FrameLayout) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = modulation.chunk(3, dim=-1)  # each [B, F, D]
-        return layout.modulate(_scale_shift, self.norm(tokens), scale, shift), gate
+    def forward(self, streams: Streams, modulation: Tensor) -> tuple[Streams, list[Tensor]]:
+        """Modulated streams, and the gates `[B, F, 1, D]` of each, from `modulation` `[B, F, 3 D]`."""
+        normed, gates = [], []
+        for stream, values in zip(streams, per_stream(modulation, streams), strict=True):
+            shift, scale, gate = values.chunk(3, dim=-1)
+            normed.append(torch.addcmul(shift, self.norm(stream), 1 + scale))
+            gates.append(gate)
+        return normed, gates
 
 
 class FARAdaLayerNormOut(nn.Module):
@@ -65,9 +68,9 @@ class FARAdaLayerNormOut(nn.Module):
         self.linear = nn.Linear(dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-    def forward(self, tokens: Tensor, modulation: Tensor, layout: FrameLayout) -> Tensor:
-        scale, shift = modulation.chunk(2, dim=-1)
-        return layout.modulate(_scale_shift, self.norm(tokens), scale, shift)
+    def forward(self, stream: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.unsqueeze(2).chunk(2, dim=-1)
+        return torch.addcmul(shift, self.norm(stream), 1 + scale)
 
 
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
@@ -87,20 +90,20 @@ class FARTransformerBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        condition: Tensor,
-        layout: FrameLayout,
+        streams: Streams,
+        condition: Tensor | tuple[Tensor, Tensor],
         image_rotary_emb: RotaryEmbedding,
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        modulation: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        modulation1, modulation2 = modulation or (self.norm1.linear(condition), self.norm2.linear(condition))
-        normed, gate = self.norm1(hidden_states, modulation1, layout)
-        attended = self.attn(normed, image_rotary_emb, layout.num_long_tokens, attention_mask, cache)
-        hidden_states = hidden_states + layout.modulate(torch.mul, attended, gate)
-        normed, gate = self.norm2(hidden_states, modulation2, layout)
-        return hidden_states + layout.modulate(torch.mul, self.ff(normed), gate)
+    ) -> Streams:
+        """`condition` is the embedding `[B, F, D]`, or what both norms make of it, `[B, F, 3 D]` each."""
+        if isinstance(condition, Tensor):
+            condition = self.norm1.linear(condition), self.norm2.linear(condition)
+        normed, gates = self.norm1(streams, condition[0])
+        attended = self.attn(normed, image_rotary_emb, attention_mask, cache)
+        streams = [x + y * gate for x, y, gate in zip(streams, attended, gates, strict=True)]
+        normed, gates = self.norm2(streams, condition[1])
+        return [x + self.ff(y) * gate for x, y, gate in zip(streams, normed, gates, strict=True)]
 
 
 class FARTransformer3DModel(
@@ -227,15 +230,16 @@ class FARTransformer3DModel(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
+        *,
         class_labels: Tensor | None = None,
         actions: Tensor | None = None,
-        cache: FARCache | None = None,
-        flex_rope_slope: float = 0.0,
-        rope_interpolation: float = 1.0,
+        timestep_r: Tensor | None = None,
+        modulation: Sequence[Tensor] | None = None,
         num_long_frames: int | None = None,
         frame_positions: Tensor | None = None,
-        modulation: Sequence[Tensor] | None = None,
-        timestep_r: Tensor | None = None,
+        flex_rope_slope: float = 0.0,
+        rope_interpolation: float = 1.0,
+        cache: FARCache | None = None,
         return_dict: bool = True,
     ) -> FARTransformer3DModelOutput | tuple[Tensor]:
         """Velocity of the short-term frames.
@@ -245,72 +249,87 @@ class FARTransformer3DModel(
             timestep: `[B, F]` noise levels in [0, 1000], -1 for a clean frame.
             class_labels: `[B]` classes; negative or `num_classes` is the null condition, as is None.
             actions: `[B, F]` actions, the one that led to each frame; null as for `class_labels`.
-            cache: context that all frames see; read only, but the frames' own keys and values are left in its
-                scratch, where `cache.commit` can make them context.
-            flex_rope_slope: temporal decay of FlexRoPE per frame of distance; 0 is plain RoPE.
-            rope_interpolation: frame positions are divided by this ratio in RoPE.
+            timestep_r: `[B, F]` levels at which the step that is taken ends, for a model with
+                `use_meanflow`; by default `timestep`, which gives the velocity of this instant.
+            modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
             num_long_frames: how many leading frames are long-term. By default those before the last
                 `short_window` for a Long model without a cache, else none.
             frame_positions: `[F]` place of each frame in time; by default they follow the cache.
-            modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
-            timestep_r: `[B, F]` levels at which the step that is taken ends, for a model with
-                `use_meanflow`; by default `timestep`, which gives the velocity of this instant.
+            flex_rope_slope: temporal decay of FlexRoPE per frame of distance; 0 is plain RoPE.
+            rope_interpolation: frame positions are divided by this ratio in RoPE.
+            cache: context that all frames see; read only, but the frames' own keys and values are left in its
+                scratch, where `cache.commit` can make them context. A frame that is in the cache, too, is a
+                copy: it sees itself, and the cached version of the frames before it.
             return_dict: return a [`FARTransformer3DModelOutput`] instead of a tuple.
 
         Returns:
             `sample` `[B, F - num_long_frames, out_channels, H, W]`.
         """
-        conditions = (timestep, class_labels, actions, timestep_r)
-        check_inputs(self.config, hidden_states, *conditions, frame_positions, num_long_frames, modulation)
+        labels = (class_labels, actions, timestep_r)
+        check_inputs(
+            self.config, hidden_states, timestep, *labels, frame_positions, num_long_frames, modulation
+        )
         num_frames, (height, width) = hidden_states.shape[1], hidden_states.shape[-2:]
         if num_long_frames is None:
             num_long_frames = 0 if cache is not None else split_frames(num_frames, self.short_window)[0]
-        layout = FrameLayout(
-            num_long_frames, num_frames - num_long_frames, *self.tokens_per_frame(height, width)
-        )
         if frame_positions is None:
             first = 0 if cache is None else cache.next_position
             frame_positions = torch.arange(first, first + num_frames, device=hidden_states.device)
 
-        tokens = self.embed_frames(hidden_states, layout)
-        condition = tokens[:, :0]
-        if modulation is None:
-            condition = self.embed_condition(*conditions, num_long_frames)
-        patches = (self.config.patch_size, self.config.long_patch_size)
-        positions = frame_positions / rope_interpolation
-        coordinates = layout.token_coordinates(positions, height, width, *patches)
-        rotary = signed_rotary(*self.pos_embed(coordinates))
+        streams = self.embed_frames(hidden_states, num_long_frames)  # [B, F, T, D] each
+        condition = modulation or self.embed_condition(timestep, *labels, num_long_frames)  # [B, F, D]
+        rotary = self.embed_positions(frame_positions / rope_interpolation, num_long_frames, height, width)
         mask = None  # one frame sees the whole context and itself
         if num_frames > 1 or flex_rope_slope > 0:
-            context_positions = None if cache is None else cache.key_positions(hidden_states.device)
-            mask = attention_mask(layout, frame_positions, context_positions, flex_rope_slope, tokens.dtype)
+            context = None if cache is None else cache.key_positions(hidden_states.device)
+            positions, dtype = per_token(frame_positions, streams), streams[-1].dtype
+            mask = attention_mask(positions, context, flex_rope_slope, dtype, num_frames == 1)
         if cache is not None:
-            cache.begin(layout.num_long_frames, layout.num_short_frames)
+            cache.begin(num_long_frames, num_frames - num_long_frames)
 
         for index, block in enumerate(self.transformer_blocks):
-            layer_cache = None if cache is None else cache.layers[index]
-            kept = None if modulation is None else (modulation[2 * index], modulation[2 * index + 1])
-            inputs = (tokens, condition, layout, rotary, mask, layer_cache, kept)
+            of_block = condition
+            if not isinstance(condition, Tensor):
+                of_block = (condition[2 * index], condition[2 * index + 1])
+            inputs = (streams, of_block, rotary, mask, None if cache is None else cache.layers[index])
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, *inputs)
+                streams = self._gradient_checkpointing_func(block, *inputs)
             else:
-                tokens = block(*inputs)
+                streams = block(*inputs)
 
-        short = FrameLayout(0, layout.num_short_frames, layout.long_tokens, layout.short_tokens)
-        last = self.norm_out.linear(condition[:, num_long_frames:]) if modulation is None else modulation[-1]
-        tokens = self.proj_out(self.norm_out(tokens[:, layout.num_long_tokens :], last, short))
-        sample = unpatchify(tokens, self.config.patch_size, height, width)
+        if isinstance(condition, Tensor):
+            last = self.norm_out.linear(condition[:, num_long_frames:])
+        else:
+            last = condition[-1]
+        sample = unpatchify(
+            self.proj_out(self.norm_out(streams[-1], last)), self.config.patch_size, height, width
+        )
         return FARTransformer3DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def embed_frames(self, hidden_states: Tensor, layout: FrameLayout) -> Tensor:
-        """Tokens `[B, N, D]` of frames `[B, F, C, H, W]`, long-term frames first."""
-        num_long = layout.num_long_frames
-        if num_long == 0:
-            return self.x_embedder(patchify(hidden_states, self.config.patch_size))
+    def embed_frames(self, hidden_states: Tensor, num_long_frames: int) -> Streams:
+        """Tokens `[B, F, T, D]` of frames `[B, F, C, H, W]`, the long-term ones in a stream of their own."""
+        short = self.x_embedder(patchify(hidden_states[:, num_long_frames:], self.config.patch_size))
+        if num_long_frames == 0:
+            return [short]
         assert self.context_embedder is not None  # check_inputs saw to it
-        long = patchify(hidden_states[:, :num_long], self.config.long_patch_size)
-        short = patchify(hidden_states[:, num_long:], self.config.patch_size)
-        return torch.cat([self.context_embedder(long), self.x_embedder(short)], dim=1)
+        long = patchify(hidden_states[:, :num_long_frames], self.config.long_patch_size)
+        return [self.context_embedder(long), short]
+
+    def embed_positions(
+        self, frame_positions: Tensor, num_long_frames: int, height: int, width: int
+    ) -> RotaryEmbedding:
+        """Rotation of all tokens, both grids in units of short-term tokens (section 3.3).
+
+        Args:
+            frame_positions: `[F]` places in time; fractions interpolate.
+        """
+        patch, long_patch = self.config.patch_size, self.config.long_patch_size
+        short = token_coordinates(frame_positions[num_long_frames:], height // patch, width // patch)
+        if num_long_frames == 0:
+            return signed_rotary(*self.pos_embed(short))
+        grid, stride = (height // long_patch, width // long_patch), long_patch // patch
+        long = token_coordinates(frame_positions[:num_long_frames], *grid, stride)
+        return signed_rotary(*self.pos_embed(torch.cat([long, short])))
 
     def modulation(
         self,

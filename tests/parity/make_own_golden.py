@@ -34,7 +34,8 @@ def gradients() -> dict[str, Tensor]:
     """Of the Long model, with every input: the loss, and the sum of absolute gradients of each parameter."""
     model = long_transformer(num_classes=5, num_actions=4)
     timestep, actions = torch.linspace(-1, 1000, 14).reshape(2, 7), torch.arange(14).reshape(2, 7) % 5
-    loss = model(latents(2, 7), timestep, torch.tensor([0, 5]), actions).sample.square().mean()
+    labels = {"class_labels": torch.tensor([0, 5]), "actions": actions}
+    loss = model(latents(2, 7), timestep, **labels).sample.square().mean()
     loss.backward()
     sums = {name: parameter.grad.abs().mean().reshape(1) for name, parameter in model.named_parameters()}
     return {"loss": loss.detach().reshape(1), **sums}

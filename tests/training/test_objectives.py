@@ -113,10 +113,11 @@ def test_a_base_model_learns_from_every_frame() -> None:
 
 
 @torch.no_grad()
-def test_a_noisy_copy_sees_the_clean_frames_before_it_and_itself() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_a_noisy_copy_sees_the_clean_frames_before_it_and_itself(attention: str) -> None:
     model = long_transformer(num_actions=3, use_meanflow=True)
-    processor = MatmulAttnProcessor()
-    model.set_attn_processor(processor)
+    if attention == "matmul":
+        model.set_attn_processor(MatmulAttnProcessor())
     clean, noisy = latents(2, 9), latents(2, WINDOW, seed=4)
     actions = torch.randint(3, (2, 9), generator=generator())
     start = torch.rand(2, WINDOW, generator=generator()) * 1000
@@ -124,11 +125,10 @@ def test_a_noisy_copy_sees_the_clean_frames_before_it_and_itself() -> None:
     cache = model.create_cache(2, 8, 8)
     model(clean, torch.full((2, 9), CLEAN_TIMESTEP), actions=actions, cache=cache, num_long_frames=5)
     cache.commit([Slot(frame, frame < 5, frame) for frame in range(9)])
-    with processor.copies(WINDOW):
-        positions, copied = torch.arange(5, 9), actions[:, 5:]
-        together = model(
-            noisy, start, actions=copied, cache=cache, frame_positions=positions, timestep_r=end
-        ).sample
+    positions, copied = torch.arange(5, 9), actions[:, 5:]
+    together = model(
+        noisy, start, actions=copied, cache=cache, frame_positions=positions, timestep_r=end
+    ).sample
     for index in range(WINDOW):
         num_frames = 6 + index
         frames = torch.cat([clean[:, : num_frames - 1], noisy[:, index : index + 1]], dim=1)
