@@ -147,14 +147,14 @@ class FlowMap:
         """
         window = clips.window
         positions = torch.arange(context.next_position - window, context.next_position, device=frames.device)
-        return model(
+        return model(  # the frames are in the cache, too: noisy copies
             frames,
             start * 1000,
             class_labels=clips.class_labels,
             actions=None if clips.actions is None else clips.actions[:, -window:],
-            timestep_r=None if end is None else end * 1000,
+            cache=context,
             frame_positions=positions,
-            cache=context,  # it holds these frames, too, clean: that makes them copies
+            timestep_r=None if end is None else end * 1000,
         ).sample.float()
 
 

@@ -158,8 +158,6 @@ class FAROptions(RunOptions):
         if self.objective == "flow_map":
             if self.pretrained is None:
                 raise ValueError("pretrained=None: objective=flow_map takes the folder of a trained model")
-            if self.attention != "matmul":
-                raise ValueError(f"attention={self.attention}: objective=flow_map takes matmul")
             if self.noisy_window_probability:
                 raise ValueError(
                     f"noisy_window_probability={self.noisy_window_probability}: objective=flow_map takes 0"

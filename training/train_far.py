@@ -160,7 +160,7 @@ def create_models(
         model = FARTransformer3DModel.from_config(teacher.config, use_meanflow=True)
         model.load_state_dict(teacher.state_dict(), strict=False)  # it may have no weights for intervals
     if options.attention == "matmul":
-        for network in filter(None, (model, teacher)):
+        for network in (model, teacher or model):
             network.set_attn_processor(MatmulAttnProcessor())
     if options.compile:
         model.compile_repeated_blocks(dynamic=True)

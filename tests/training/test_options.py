@@ -27,7 +27,9 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     assert options.muon_learning_rate is None
 
 
-@pytest.mark.parametrize("name", ["far_doom_maze.yaml", "far_doom_maze_any_step.yaml"])
+@pytest.mark.parametrize(
+    "name", ["far_doom_maze.yaml", "far_doom_maze_memory.yaml", "far_doom_maze_any_step.yaml"]
+)
 def test_the_shipped_recipes_of_far_are_valid(repository: Path, name: str) -> None:
     _, options = parse_far([str(repository / "training/recipes" / name)])
     assert (options.objective == "flow_map") == ("any_step" in name)
@@ -47,7 +49,10 @@ def test_the_shipped_recipes_of_far_are_valid(repository: Path, name: str) -> No
             ["--objective", "flow_map"],
             "pretrained=None: objective=flow_map takes the folder of a trained model",
         ),
-        (["--objective", "flow_map", "--pretrained", "x"], "attention=sdpa: objective=flow_map takes matmul"),
+        (
+            ["--objective", "flow_map", "--pretrained", "x", "--noisy_window_probability", "0.1"],
+            "noisy_window_probability=0.1: objective=flow_map takes 0",
+        ),
     ],
 )
 def test_values_that_an_option_does_not_take_are_named(more: list[str], message: str) -> None:

@@ -78,7 +78,7 @@ def test_matmul_attention_gives_the_same_loss_and_gradient(latents: Path, tmp_pa
 
 def test_a_flow_map_resumes_to_the_same_weights(latents: Path, tmp_path: Path) -> None:
     trainer(run_options(latents, tmp_path / "start", *LONG)).train()
-    more = ["--pretrained", str(tmp_path / "start/ema"), "--objective", "flow_map", "--attention", "matmul"]
+    more = ["--pretrained", str(tmp_path / "start/ema"), "--objective", "flow_map"]
     more += [*LONG, "--own_context_probability", "0.5", "--save_steps", "3", "--validation_steps", "3"]
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     trainer(run_options(latents, unbroken, *more)).train()
