@@ -15,8 +15,10 @@ from training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
 PYTHON = """#!/usr/bin/env bash
 printf '%q ' "$@" >> commands; echo >> commands
 [ "$(wc -l < commands)" != "${FAIL_AT:-none}" ] || exit 7
-mkdir -p doom-maze-64 latents-doom-maze-64 runs/checkpoints/far-doom-maze-64{,-any-step} \\
-  runs/{autoencoder_doom_maze,autoencoder_doom_maze_decoder,far_doom_maze,far_doom_maze_any_step}
+mkdir -p doom-maze-64{,-revisit} latents-doom-maze-64{,-revisit}/{train,validation} \\
+  runs/checkpoints/far-doom-maze-64{,-any-step} runs/far_doom_maze{,_any_step,_memory} \\
+  runs/autoencoder_doom_maze{,_decoder}
+touch latents-doom-maze-64{,-revisit}/{train,validation}/{00000,00150,00249,00250}.safetensors
 """
 
 
@@ -51,6 +53,8 @@ def test_every_step_has_options_that_its_script_takes(
     }
     record, *steps = commands(checkout)
     assert record[:2] == ["data/doom_maze.py", "doom-maze-64"]
+    revisits = steps.pop(6)
+    assert revisits[:4] == ["data/doom_maze.py", "doom-maze-64-revisit", "--walk", "revisit"]
     parsed = []
     for words in steps:
         module, *options = words[len(words) - words[::-1].index("-m") :]
@@ -60,13 +64,22 @@ def test_every_step_has_options_that_its_script_takes(
             parsed.append(parse(options, (EncodeOptions,), None, positional="data")[1])
         else:
             parsed.append(parse(options, kinds[module], None)[-1])
-    first, second, encoded, far, pipeline, any_step, any_step_pipeline = parsed
+    first, second, encoded, far, any_step, any_step_pipeline, again, memory, pipeline = parsed
     assert second.init_from == f"{first.output_dir}/autoencoder" and first.data == second.data == record[1]
     assert encoded.output == far.latents == any_step.latents
-    assert pipeline.transformer == any_step.pretrained == f"{far.output_dir}/ema"
+    assert again.data == revisits[1] and memory.latents == f"{encoded.output}-memory"
+    assert memory.pretrained == any_step.pretrained == f"{far.output_dir}/ema"
+    assert pipeline.transformer == f"{memory.output_dir}/ema"
+    joined = sorted((checkout / memory.latents).rglob("*.safetensors"))
+    assert [str(path.relative_to(checkout / memory.latents)) for path in joined] == [
+        *(f"train/explore/{name}.safetensors" for name in ("00000", "00150", "00249")),
+        *(f"train/revisit/{name}.safetensors" for name in ("00000", "00150", "00249", "00250")),
+        *(f"validation/{name}.safetensors" for name in ("00000", "00150", "00249", "00250")),
+    ]
     assert any_step_pipeline.transformer == f"{any_step.output_dir}/ema"
     assert pipeline.autoencoder == any_step_pipeline.autoencoder == f"{second.output_dir}/autoencoder"
-    assert pipeline.num_training_frames == far.num_frames == any_step.num_frames
+    assert any_step_pipeline.num_training_frames == far.num_frames == any_step.num_frames
+    assert pipeline.num_training_frames == memory.num_frames
 
 
 def test_it_goes_on_where_it_was(checkout: Path) -> None:
@@ -74,5 +87,5 @@ def test_it_goes_on_where_it_was(checkout: Path) -> None:
     assert len(commands(checkout)) == 5
     assert run(checkout) == 0
     done = commands(checkout)
-    assert done[5] == done[4] and len(done) == 9
-    assert run(checkout) == 0 and len(commands(checkout)) == 9
+    assert done[5] == done[4] and len(done) == 12
+    assert run(checkout) == 0 and len(commands(checkout)) == 12

@@ -39,7 +39,14 @@ train_far() { # RECIPE
 make_pipeline() { # NAME RECIPE OPTION...
   step "$output/$1/model_index.json" "$python" -m training.make_pipeline --output "$output/$1" \
     --transformer "runs/$2/ema" --autoencoder runs/autoencoder_doom_maze_decoder/autoencoder \
-    --sample-size 64 --num-training-frames 48 --action-names "${actions[@]}" --dtype float16 "${@:3}"
+    --sample-size 64 --action-names "${actions[@]}" --dtype float16 "${@:3}"
+}
+
+join_latents() { # validation is on the walks that come back
+  mkdir -p $latents-memory/train/explore $latents-memory/train/revisit $latents-memory/validation
+  cp $latents/train/000* $latents/train/001* $latents/train/002[0-4]* $latents-memory/train/explore
+  cp $latents-revisit/train/* $latents-memory/train/revisit
+  cp $latents-revisit/validation/* $latents-memory/validation
 }
 
 step $data/.complete "$python" data/doom_maze.py $data --train 900 --validation 72 --frames 300 --seed 0 --workers 2
@@ -48,6 +55,15 @@ train_autoencoder autoencoder_doom_maze_decoder
 step $latents/.complete "$python" -m training.encode_latents $data --output $latents \
   --autoencoder runs/autoencoder_doom_maze/autoencoder --mixed-precision bf16
 train_far far_doom_maze
-make_pipeline far-doom-maze-64 far_doom_maze --solver UniPC --num-inference-steps 5
 train_far far_doom_maze_any_step
-make_pipeline far-doom-maze-64-any-step far_doom_maze_any_step --num-inference-steps 2
+make_pipeline far-doom-maze-64-any-step far_doom_maze_any_step --num-training-frames 48 --num-inference-steps 2
+
+# The second stage, for memory: walks that come back, beside the first episodes of the walks above.
+step $data-revisit/.complete "$python" data/doom_maze.py $data-revisit --walk revisit --maze-nodes 3 5 \
+  --train 160 --validation 48 --frames 300 --seed 0 --workers 2
+step $latents-revisit/.complete "$python" -m training.encode_latents $data-revisit --output $latents-revisit \
+  --autoencoder runs/autoencoder_doom_maze/autoencoder --mixed-precision bf16
+step $latents-memory/.complete join_latents
+step runs/far_doom_maze_memory/.complete "${keep_memory[@]}" "${two_processes[@]}" -m training.train_far \
+  training/recipes/far_doom_maze_memory.yaml --resume-from latest
+make_pipeline far-doom-maze-64 far_doom_maze_memory --num-training-frames 256 --solver UniPC --num-inference-steps 5
