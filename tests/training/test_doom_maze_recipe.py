@@ -67,7 +67,7 @@ def test_every_step_has_options_that_its_script_takes(
     first, second, encoded, far, any_step, any_step_pipeline, again, memory, pipeline = parsed
     assert second.init_from == f"{first.output_dir}/autoencoder" and first.data == second.data == record[1]
     assert encoded.output == far.latents == any_step.latents
-    assert again.data == revisits[1] and memory.latents == f"{encoded.output}-memory"
+    assert again.output == f"{encoded.output}-revisit" and memory.latents == f"{encoded.output}-memory"
     assert memory.pretrained == any_step.pretrained == f"{far.output_dir}/ema"
     assert pipeline.transformer == f"{memory.output_dir}/ema"
     joined = sorted((checkout / memory.latents).rglob("*.safetensors"))
