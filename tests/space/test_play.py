@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
@@ -63,31 +64,56 @@ def test_options_of_a_model_without_actions() -> None:
         ({"player": None}, "player must be"),
         ({"start": 1}, "start=1"),
         ({"start": "0"}, "start='0'"),
+        ({"start": False}, "start=False"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": 10**400}, "seed=a number of more than 40 digits"),
         ({"settings": {}}, "settings={}"),
+        ({"settings": [1] * 1000}, "settings=[1"),
         ({"settings": SETTINGS | {"num_inference_steps": 1000}}, "num_inference_steps=1000"),
         ({"settings": SETTINGS | {"num_inference_steps": "8"}}, "num_inference_steps='8'"),
         ({"settings": SETTINGS | {"guidance_scale": -1}}, "guidance_scale=-1"),
+        ({"settings": SETTINGS | {"guidance_scale": 1e308}}, "guidance_scale=1e+308"),
+        ({"settings": SETTINGS | {"guidance_scale": float("nan")}}, "guidance_scale=nan"),
+        ({"settings": SETTINGS | {"guidance_scale": 10**400}}, "guidance_scale=a number"),
+        ({"settings": SETTINGS | {"flex_rope_slope": 1e300}}, "flex_rope_slope=1e+300"),
         ({"settings": SETTINGS | {"long_memory": "yes"}}, "long_memory='yes'"),
-        ({"image": "/etc/passwd"}, "cannot be read as an image"),
-        ({"image": 3}, "cannot be read as an image"),
-        ({"image": "data:image/png;base64,AAAA"}, "cannot be read as an image"),
-        ({"image": "data:image/png;base64," + "A" * 6_000_000}, "too large: at most 4 MB"),
-        ({"image": image_url(4000, 4000)}, "4000 x 4000 pixels"),
-        ({"image": image_url(20000, 20000)}, "cannot be read as an image"),
     ],
 )
-def test_bad_messages(server: PlayServer, message: dict[str, Any], error: str) -> None:
-    function = answering(server.start)
-    reply = function({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+def test_messages_that_the_page_never_sends(server: PlayServer, message: dict[str, Any], error: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+    assert refused.value.status_code == 422
+    assert error in refused.value.detail and len(refused.value.detail) < 200
+    assert server.players.num_players == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "error"),
+    [
+        ("/etc/passwd", "cannot be read as an image"),
+        (3, "cannot be read as an image"),
+        ("data:image/png;base64,AAAA", "cannot be read as an image"),
+        ("data:image/png;base64," + "A" * 6_000_000, "too large: at most 4 MB"),
+        (image_url(4000, 4000), "4000 x 4000 pixels"),
+        (image_url(20000, 20000), "too many pixels: at most 15 million"),
+    ],
+)
+def test_images_that_are_refused(server: PlayServer, image: Any, error: str) -> None:
+    message = {"player": PLAYER, "settings": SETTINGS, "start": 0, "image": image}
+    reply = answering(server.start)(message)
     assert set(reply) == {"error"} and error in reply["error"]
     assert server.players.num_players == 0
 
 
-@pytest.mark.parametrize("message", [None, [], "player", {}])
+@pytest.mark.parametrize("message", [None, [], "player", 3, {}])
 def test_a_message_of_another_shape(server: PlayServer, message: Any) -> None:
-    assert "player must be" in answering(server.save)(message)["error"]
+    for function in (server.options, server.start, server.step, server.save, server.leave):
+        if message == {} and function == server.options:
+            continue
+        with pytest.raises(HTTPException) as refused:
+            answering(function)(message)
+        assert refused.value.status_code == 422
 
 
 def test_a_game_that_is_not_there(server: PlayServer) -> None:
@@ -95,16 +121,25 @@ def test_a_game_that_is_not_there(server: PlayServer) -> None:
     assert "has ended" in answering(server.step)(message)["error"]
     begin(server, start=None)
     assert "nothing to save" in answering(server.save)(message)["error"]
-    assert "action='1'" in answering(server.step)(message | {"action": "1"})["error"]
-    assert "action" in answering(server.step)(message | {"action": 9})["error"]
+    for action in ("1", 9, True, 10**400):
+        with pytest.raises(HTTPException, match="action="):
+            answering(server.step)(message | {"action": action})
+    assert answering(server.step)(message)["number"] == 0
 
 
 def test_settings_that_the_model_cannot_take() -> None:
     server = PlayServer(pipeline(transformer()), Players(), [])
-    assert (
-        "guidance_scale=2"
-        in answering(server.start)({"player": PLAYER, "settings": SETTINGS | {"guidance_scale": 2}})["error"]
-    )
+    with pytest.raises(HTTPException, match="guidance_scale=2"):
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS | {"guidance_scale": 2}})
+
+
+def test_a_picture_that_does_not_come_out() -> None:
+    """A model that makes NaN: the visitor is told, and the game goes on from where it was."""
+    server = PlayServer(pipeline(transformer(num_actions=4, std=1e20)), Players(), [START])
+    begin(server)
+    for _ in range(2):
+        reply = answering(server.step)({"player": PLAYER, "action": 1, "settings": SETTINGS})
+        assert "No picture came out" in reply["error"]
 
 
 def test_pages_show_what_the_players_said(server: PlayServer, monkeypatch: pytest.MonkeyPatch) -> None:
