@@ -2,6 +2,7 @@
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
+from diffusers_far.demo import save_video
 from diffusers_far.space import play
+from diffusers_far.space.app import frame_size
 from diffusers_far.space.play import PlayServer, answering
 from diffusers_far.space.players import Players
-from diffusers_far.space.starts import Start, cut_starts
+from diffusers_far.space.starts import Start, cut_starts, fit_starts, read_episodes
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 PLAYER = "0123456789abcdef"
@@ -160,3 +163,29 @@ def test_starts_are_spread_over_the_episodes() -> None:
     ]
     assert {len(start.frames) for start in starts} == {20}
     assert cut_starts([]) == []
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["base", "long"])
+def test_a_model_of_another_size(tmp_path: Path, long: bool) -> None:
+    """Frames of 96 x 64, as the episodes have them, whose actions this model does not know."""
+    folder = tmp_path / "episodes"
+    folder.mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (8, 70, 100, 3), dtype=np.uint8)
+    save_video(frames / 255, folder / "one.mp4", 10)
+    (folder / "metadata.jsonl").write_text('{"file_name": "one.mp4", "actions": [0, 1, 2, 3, 4, 5, 5, 5]}\n')
+    pipe = pipeline((long_transformer if long else transformer)(num_actions=4), sample_size=None)
+    starts = cut_starts(read_episodes(folder), num_starts=1)
+    size = frame_size(pipe, starts)
+    assert size == (64, 96)
+    starts = fit_starts(starts, size, 4)
+    assert starts[0].frames.shape == (8, 64, 96, 3) and starts[0].actions is None
+    assert fit_starts(cut_starts(read_episodes(folder)), size, 6)[0].actions == [0, 1, 2, 3, 4, 5, 5, 5]
+    server = PlayServer(pipe, Players(), starts, size)
+    for message, number in (({"start": 0}, 8), ({"start": None}, 0), ({"image": image_url(30, 20)}, 1)):
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS} | message)
+        reply = answering(server.step)({"player": PLAYER, "action": 3, "settings": SETTINGS})
+        assert reply["number"] == number
+        content = base64.b64decode(reply["image"].partition("base64,")[2])
+        assert Image.open(io.BytesIO(content)).size == (96, 64)
+        assert server.save({"player": PLAYER})["video"]
+    assert frame_size(pipe, []) == (64, 64)

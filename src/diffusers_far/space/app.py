@@ -78,9 +78,8 @@ def build_app(
     starts = fit_starts(starts, size, pipeline.transformer.config.num_actions)
     with gr.Blocks(title=TITLE, delete_cache=CLEANING) as app:
         gr.Markdown(
-            f"# {TITLE}\nThis model knows only {world or 'what it was trained with'}; load another with "
-            "`diffusers-far play --checkpoint FOLDER_OR_REPO`.",
-            elem_id="title",
+            f"## {TITLE}\nThis model knows only {world or 'what it was trained with'}. To load another: "
+            "`diffusers-far play --checkpoint FOLDER`"
         )
         with gr.Tab("Play"):
             play_tab(pipeline, players, starts, size)

@@ -18,7 +18,7 @@ from ..pipeline_far_video import FARVideoPipeline
 from .fields import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
 from .players import Game, GameFrame, GameSettings, Players, VisitorError
 from .starts import Start
-from .uploads import MAX_IMAGE_BYTES, read_image
+from .uploads import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image
 
 HERE = Path(__file__).parent
 FRAMES_PER_SECOND = 10
@@ -91,6 +91,7 @@ class PlayServer:
             "flex_rope_slope": config.flex_rope_slope,
             "starts": [picture(start.frames[-1]) for start in self.starts],
             "max_image_bytes": MAX_IMAGE_BYTES,
+            "max_image_pixels": MAX_IMAGE_PIXELS,
         }
 
     def start(self, message: Message) -> Message:
