@@ -116,11 +116,10 @@ def make_video(
     import torch  # after --help, which should come at once
 
     from .context_schedule import ContextSchedule
-    from .demo import save_video
+    from .demo import check_output, save_video
     from .pipeline_inputs import parse_actions, read_video
 
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"--output: the folder of {output} does not exist")
+    check_output(output)
     context = None if video is None else read_video(video)[-(num_context or 0) :]
     pipeline = load_pipeline(checkpoint, device, dtype, variant)
     num_given, table = 0 if context is None else len(context), None

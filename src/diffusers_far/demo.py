@@ -60,8 +60,18 @@ def side_by_side(truth: np.ndarray, prediction: np.ndarray, num_context: int, zo
     return np.pad(joined, ((0, 0), *even, (0, 0)))
 
 
+def check_output(path: Path) -> None:
+    """Raise a ValueError for a name that is taken by something else than a file, such as a device."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output: {path} is no regular file; it takes such a file, or a new name")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--output: the folder of {path} does not exist")
+
+
 def save_video(frames: np.ndarray, path: Path, frames_per_second: int) -> None:
-    """Write an mp4, complete or not at all."""
+    """Write an mp4, complete or not at all; errors as of [`check_output`]."""
+    check_output(path)
+    path = path.resolve()  # a link stays a link
     partial = path.with_name(f".{path.stem}.partial.mp4")
     try:
         export_to_video(list(frames), str(partial), fps=frames_per_second, quality=8.0, macro_block_size=2)
@@ -86,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo.mp4"))
     options = parser.parse_args(arguments)
+    check_output(options.output)
 
     folder = find(options.episodes, "episodes")
     video, actions = load_episode(folder, options.episode)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Labels = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
+MAX_SCRIPT = 100_000  # characters
+
 _VIDEO_FORMS = (
     "a [B, T, 3, H, W] or [T, 3, H, W] tensor in [0, 1], a [B, T, H, W, 3] or [T, H, W, 3] array (uint8, or "
     "float in [0, 1]), a PIL image, a list of PIL images or of such lists, or the path of a video file"
@@ -233,14 +235,21 @@ def parse_actions(script: str, names: list[str] | None, num_actions: int, num_fr
     Raises:
         ValueError: for a word that is no action or no count.
     """
+    if len(script) > MAX_SCRIPT:
+        raise ValueError(f"The actions are {len(script)} characters long: at most {MAX_SCRIPT}.")
     actions: list[int] = []
     for word in script.replace(",", " ").split():
         name, star, count = word.partition("*")
-        index = names.index(name) if names and name in names else int(name) if name.isdecimal() else -1
+        index = int(name) if name.isdecimal() and len(name) < 10 else -1
+        if names and name in names:
+            index = names.index(name)
         if not 0 <= index < num_actions or (star and not count.isdecimal()):
             known = ", ".join(names) if names else f"0 to {num_actions - 1}"
-            raise ValueError(f"{word!r} is not an action: it takes {known}, each with a count such as *8.")
-        actions += [index] * min(int(count or 1), num_frames)
+            raise ValueError(
+                f"{word[:40]!r} is not an action: it takes {known}, each with a count such as *8."
+            )
+        wanted = int(count or 1) if len(count) < 10 else num_frames
+        actions += [index] * min(wanted, num_frames - len(actions))
     if not actions:
         raise ValueError("The actions are empty: it takes words such as forward*8.")
     return (actions + actions[-1:] * num_frames)[:num_frames]

@@ -2,10 +2,11 @@
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
 from diffusers_far.demo import CHECKPOINT, EPISODES
 from diffusers_far.pipeline_inputs import read_video
 from diffusers_far.space.app import build_app, load
+from diffusers_far.space.app import serve as serve_app
 from diffusers_far.space.players import Players
 from diffusers_far.space.uploads import MAX_UPLOAD_MB
+from diffusers_far.space.visitors import Visitors
 from evaluation.metrics import horizontal_shift
+from tests.tiny_models import pipeline, transformer
 
 START_FRAME = 31  # a start has 32 frames
 PATIENCE = 60_000  # milliseconds
@@ -29,11 +33,10 @@ PATIENCE = 60_000  # milliseconds
 @contextmanager
 def serve(repository: Path, max_players: int) -> Iterator[str]:
     """A server for so many players, and its address."""
-    app = build_app(
-        load(str(repository / CHECKPOINT), "cpu"), repository / EPISODES, Players(max_players=max_players)
-    )
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, max_file_size=f"{MAX_UPLOAD_MB}mb")
-    yield url
+    shipped = load(str(repository / CHECKPOINT), "cpu")
+    players, visitors = Players(max_players=max_players), Visitors(seconds_to_read=60)
+    app = build_app(shipped, repository / EPISODES, players, visitors, "mazes")
+    yield serve_app(app, visitors, quiet=True)
     app.close()
 
 
@@ -83,6 +86,22 @@ def picture(page: Page) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
 
+def frames_of(page: Page) -> dict[int, np.ndarray]:
+    """The frames that the page is sent from now on, by their numbers."""
+    frames: dict[int, np.ndarray] = {}
+
+    def note(route: Route) -> None:
+        answer = route.fetch()
+        if json.loads(route.request.post_data)["fn_name"] == "step":
+            reply = answer.json()
+            content = base64.b64decode(reply["image"].partition("base64,")[2])
+            frames[reply["number"]] = np.asarray(Image.open(io.BytesIO(content)))
+        route.fulfill(response=answer)
+
+    page.route(re.compile("/component_server"), note)
+    return frames
+
+
 def as_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.copy()).movedim(-1, 0)[None].float() / 255
 
@@ -97,9 +116,13 @@ def test_play(page: Page, tmp_path: Path, repository: Path) -> None:
     real = read_video(next((repository / EPISODES).glob("*.mp4")))[START_FRAME]
     assert difference(start, real) < 6  # JPEG
 
-    # Single steps: the picture moves right under a turn to the left, and the other way round.
-    shifts = {}
-    for key in ("ArrowLeft", "d"):
+    # The first frame of a turn to the left moves to the right, and the other way round.
+    frames = frames_of(page)
+
+    def turned(before: np.ndarray, number: int) -> float:
+        return horizontal_shift(as_tensor(before), as_tensor(frames[number + 1])).item()
+
+    for key, sign in (("ArrowLeft", 1), ("d", -1)):
         page.click(".far-reset")
         expect(page.locator(".far-status")).to_contain_text(f"frame {START_FRAME}:")
         assert difference(picture(page), start) == 0
@@ -108,27 +131,30 @@ def test_play(page: Page, tmp_path: Path, repository: Path) -> None:
         wait_for_frame(page, START_FRAME + 2)
         page.keyboard.up(key)
         page.click(".far-run")  # pause
-        assert frame_number(page) >= START_FRAME + 2
-        shifts[key] = horizontal_shift(as_tensor(start), as_tensor(picture(page))).item()
-    assert shifts["ArrowLeft"] != shifts["d"]
+        assert sign * turned(start, START_FRAME) > 0
 
     page.click(".far-reset")
     expect(page.locator(".far-status")).to_contain_text(f"frame {START_FRAME}:")
     for button, sign in (("left", 1), ("right", -1)):
-        before = picture(page)
-        number = frame_number(page)
-        page.dispatch_event(f".far-pad button[data-action={button}]", "pointerdown")
-        page.click(".far-step")
+        before, number = picture(page), frame_number(page)
+        page.dispatch_event(f".far-pad button[data-action={button}]", "pointerdown")  # which plays
         wait_for_frame(page, number + 1)
+        page.click(".far-run")  # pause
         page.dispatch_event(f".far-pad button[data-action={button}]", "pointerup")
-        assert frame_number(page) == number + 1
-        assert sign * horizontal_shift(as_tensor(before), as_tensor(picture(page))).item() > 0
+        page.wait_for_function("!document.querySelector('.far-pad .held')")
+        page.wait_for_timeout(500)  # the frame that was on its way
+        assert sign * turned(before, number) > 0
+    number = frame_number(page)
+    page.click(".far-step")
+    wait_for_frame(page, number + 1)
+    page.wait_for_timeout(300)
+    assert frame_number(page) == number + 1
 
     with page.expect_download() as download:
         page.click(".far-save")
     download.value.save_as(tmp_path / "play.mp4")
     video = read_video(tmp_path / "play.mp4")
-    assert video.shape == (START_FRAME + 1 + 2, 256, 256, 3)
+    assert video.shape == (frame_number(page) + 1, 256, 256, 3)
     assert difference(video[START_FRAME, 2::4, 2::4], start) < 12
 
 
@@ -238,3 +264,154 @@ def test_compare_context(page: Page) -> None:
     titles = page.locator("#compare-pictures figcaption").all_inner_texts()
     assert len(titles) == 4 and "Window only, plain RoPE" in titles
     assert len({image.get_attribute("src") for image in page.locator("#compare-pictures img").all()}) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Keys, phones and other models
+
+
+def actions_of(page: Page) -> list[int]:
+    """The actions that the page asks for from now on; the list grows."""
+    actions: list[int] = []
+
+    def note(request: Request) -> None:
+        if "component_server" in request.url and request.post_data:
+            body = json.loads(request.post_data)
+            if body.get("fn_name") == "step":
+                actions.append(body["data"]["action"])
+
+    page.on("request", note)
+    return actions
+
+
+def wait_until(page: Page, condition: Callable[[], bool]) -> None:
+    for _ in range(PATIENCE // 50):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it never came about")
+
+
+LOSE_FOCUS = "window.dispatchEvent(new FocusEvent('blur'))"
+HIDE = """() => {
+  Object.defineProperty(document, 'hidden', {value: true, configurable: true});
+  document.dispatchEvent(new Event('visibilitychange'));
+}"""
+
+
+@pytest.mark.parametrize("event", [LOSE_FOCUS, HIDE], ids=["focus", "tab"])
+def test_keys_are_released_when_the_window_is_left(page: Page, event: str) -> None:
+    actions = actions_of(page)
+    wait_for_frame(page, START_FRAME)
+    page.click(".far-step")  # the focus is on a button
+    page.keyboard.down("ArrowUp")
+    wait_until(page, lambda: actions.count(1) >= 2)
+    page.evaluate(event)
+    wait_until(page, lambda: actions[-1] == 0)
+    number = len(actions)
+    wait_until(page, lambda: len(actions) > number + 3)
+    assert set(actions[number:]) == {0}
+
+
+def test_keys_work_as_soon_as_the_page_is_there(browser: Browser, url: str) -> None:
+    """Nothing has been clicked, and the first frame has not come yet."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    actions = actions_of(page)
+    page.goto(url)
+    page.wait_for_selector("#play .far-canvas")
+    page.keyboard.down("w")
+    wait_until(page, lambda: actions.count(1) >= 2)
+    page.keyboard.up("w")
+    wait_until(page, lambda: actions[-1] == 0)
+    page.click(".far-run")
+    page.focus(".far-seed")
+    number = len(actions)
+    page.keyboard.press("d")  # the field's
+    page.focus(".far-reset")
+    page.keyboard.press("Control+d")  # the browser's
+    page.get_by_role("tab", name="Compare context").click()
+    page.keyboard.press("ArrowLeft")  # the tabs'
+    page.wait_for_timeout(500)
+    assert len(actions) <= number + 1  # one may have been on its way
+    page.close(run_before_unload=True)
+
+
+def test_on_a_phone_the_pad_is_in_the_first_screen(browser: Browser, url: str) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 664}, has_touch=True, is_mobile=True)
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    wait_for_frame(page, START_FRAME)
+    for selector in (".far-canvas", ".far-pad button >> nth=-1", ".far-run", ".far-save"):
+        box = page.locator(selector).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 664
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close(run_before_unload=True)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_buttons_line_up(browser: Browser, url: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    wait_for_frame(page, START_FRAME)
+    for row in (".far-row", ".far-pad", ".far-starts"):
+        boxes = [button.bounding_box() for button in page.locator(f"{row} button").all()]
+        assert len({box["height"] for box in boxes}) == 1
+        for one in boxes:  # those of a line begin at the same height
+            others = [box for box in boxes if abs(box["y"] - one["y"]) < one["height"] / 2]
+            assert len({box["y"] for box in others}) == 1
+    page.close(run_before_unload=True)
+
+
+def test_every_setting_has_a_tip_of_one_sentence(page: Page) -> None:
+    wait_for_frame(page, START_FRAME)
+    tips = page.locator(".far-setting small").all_inner_texts()
+    assert len(tips) == page.locator(".far-side input").count()
+    assert all(tip.endswith(".") and tip.count(".") == 1 for tip in tips)
+    text = page.inner_text("body")
+    assert "knows only mazes" in text and "diffusers-far play --checkpoint" in text
+
+
+def test_a_large_photo_is_made_smaller_before_it_is_sent(page: Page, tmp_path: Path) -> None:
+    wait_for_frame(page, START_FRAME)
+    upright = np.random.default_rng(0).integers(0, 60, (3000, 3000, 3), dtype=np.uint8)
+    upright[:1500, :, 0] += 180
+    upright[1500:, :, 2] += 180
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(photo, quality=95, exif=exif)
+    assert photo.stat().st_size > 4 * 2**20
+    page.set_input_files(".far-upload", photo)
+    expect(page.locator(".far-status")).to_contain_text("frame 0:")
+    shown = picture(page).astype(int)
+    assert shown[16, 32, 0] > shown[16, 32, 2] + 100 and shown[48, 32, 2] > shown[48, 32, 0] + 100
+
+
+@pytest.mark.parametrize("names", [None, ["stay", "jump", "duck", "look"]], ids=["numbers", "names"])
+def test_a_model_of_other_actions(browser: Browser, repository: Path, names: list[str] | None) -> None:
+    """Its buttons have numbers, or the model's own names, and so have the keys."""
+    pipe = pipeline(transformer(num_actions=4), sample_size=None, num_inference_steps=1, action_names=names)
+    visitors = Visitors()
+    app = build_app(pipe, repository / EPISODES, Players(), visitors)
+    url = serve_app(app, visitors, quiet=True)
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    actions = actions_of(page)
+    page.goto(url)
+    wait_for_frame(page, START_FRAME)
+    assert page.locator(".far-pad button").all_inner_texts() == (names or ["0", "1", "2", "3"])
+    page.keyboard.down("3")
+    wait_until(page, lambda: actions.count(3) >= 2)
+    page.keyboard.up("3")
+    page.dispatch_event(".far-pad button[data-action='2']", "pointerdown")
+    wait_until(page, lambda: actions.count(2) >= 2)
+    page.dispatch_event(".far-pad button[data-action='2']", "pointerup")
+    page.keyboard.down("ArrowUp")  # means nothing here
+    page.keyboard.press("9")
+    wait_until(page, lambda: actions[-1] is None)
+    assert set(actions) <= {None, 2, 3}
+    assert not page.inner_text(".far-error")
+    page.close(run_before_unload=True)
+    app.close()

@@ -2,17 +2,21 @@
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
+from diffusers_far.demo import save_video
 from diffusers_far.space import play
+from diffusers_far.space.app import frame_size
 from diffusers_far.space.play import PlayServer, answering
 from diffusers_far.space.players import Players
-from diffusers_far.space.starts import Start, cut_starts
+from diffusers_far.space.starts import Start, cut_starts, fit_starts, read_episodes
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 PLAYER = "0123456789abcdef"
@@ -63,31 +67,56 @@ def test_options_of_a_model_without_actions() -> None:
         ({"player": None}, "player must be"),
         ({"start": 1}, "start=1"),
         ({"start": "0"}, "start='0'"),
+        ({"start": False}, "start=False"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": 10**400}, "seed=a number of more than 40 digits"),
         ({"settings": {}}, "settings={}"),
+        ({"settings": [1] * 1000}, "settings=[1"),
         ({"settings": SETTINGS | {"num_inference_steps": 1000}}, "num_inference_steps=1000"),
         ({"settings": SETTINGS | {"num_inference_steps": "8"}}, "num_inference_steps='8'"),
         ({"settings": SETTINGS | {"guidance_scale": -1}}, "guidance_scale=-1"),
+        ({"settings": SETTINGS | {"guidance_scale": 1e308}}, "guidance_scale=1e+308"),
+        ({"settings": SETTINGS | {"guidance_scale": float("nan")}}, "guidance_scale=nan"),
+        ({"settings": SETTINGS | {"guidance_scale": 10**400}}, "guidance_scale=a number"),
+        ({"settings": SETTINGS | {"flex_rope_slope": 1e300}}, "flex_rope_slope=1e+300"),
         ({"settings": SETTINGS | {"long_memory": "yes"}}, "long_memory='yes'"),
-        ({"image": "/etc/passwd"}, "cannot be read as an image"),
-        ({"image": 3}, "cannot be read as an image"),
-        ({"image": "data:image/png;base64,AAAA"}, "cannot be read as an image"),
-        ({"image": "data:image/png;base64," + "A" * 6_000_000}, "too large: at most 4 MB"),
-        ({"image": image_url(4000, 4000)}, "4000 x 4000 pixels"),
-        ({"image": image_url(20000, 20000)}, "cannot be read as an image"),
     ],
 )
-def test_bad_messages(server: PlayServer, message: dict[str, Any], error: str) -> None:
-    function = answering(server.start)
-    reply = function({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+def test_messages_that_the_page_never_sends(server: PlayServer, message: dict[str, Any], error: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS, "start": 0} | message)
+    assert refused.value.status_code == 422
+    assert error in refused.value.detail and len(refused.value.detail) < 200
+    assert server.players.num_players == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "error"),
+    [
+        ("/etc/passwd", "cannot be read as an image"),
+        (3, "cannot be read as an image"),
+        ("data:image/png;base64,AAAA", "cannot be read as an image"),
+        ("data:image/png;base64," + "A" * 6_000_000, "too large: at most 4 MB"),
+        (image_url(4000, 4000), "4000 x 4000 pixels"),
+        (image_url(20000, 20000), "too many pixels: at most 15 million"),
+    ],
+)
+def test_images_that_are_refused(server: PlayServer, image: Any, error: str) -> None:
+    message = {"player": PLAYER, "settings": SETTINGS, "start": 0, "image": image}
+    reply = answering(server.start)(message)
     assert set(reply) == {"error"} and error in reply["error"]
     assert server.players.num_players == 0
 
 
-@pytest.mark.parametrize("message", [None, [], "player", {}])
+@pytest.mark.parametrize("message", [None, [], "player", 3, {}])
 def test_a_message_of_another_shape(server: PlayServer, message: Any) -> None:
-    assert "player must be" in answering(server.save)(message)["error"]
+    for function in (server.options, server.start, server.step, server.save, server.leave):
+        if message == {} and function == server.options:
+            continue
+        with pytest.raises(HTTPException) as refused:
+            answering(function)(message)
+        assert refused.value.status_code == 422
 
 
 def test_a_game_that_is_not_there(server: PlayServer) -> None:
@@ -95,16 +124,25 @@ def test_a_game_that_is_not_there(server: PlayServer) -> None:
     assert "has ended" in answering(server.step)(message)["error"]
     begin(server, start=None)
     assert "nothing to save" in answering(server.save)(message)["error"]
-    assert "action='1'" in answering(server.step)(message | {"action": "1"})["error"]
-    assert "action" in answering(server.step)(message | {"action": 9})["error"]
+    for action in ("1", 9, True, 10**400):
+        with pytest.raises(HTTPException, match="action="):
+            answering(server.step)(message | {"action": action})
+    assert answering(server.step)(message)["number"] == 0
 
 
 def test_settings_that_the_model_cannot_take() -> None:
     server = PlayServer(pipeline(transformer()), Players(), [])
-    assert (
-        "guidance_scale=2"
-        in answering(server.start)({"player": PLAYER, "settings": SETTINGS | {"guidance_scale": 2}})["error"]
-    )
+    with pytest.raises(HTTPException, match="guidance_scale=2"):
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS | {"guidance_scale": 2}})
+
+
+def test_a_picture_that_does_not_come_out() -> None:
+    """A model that makes NaN: the visitor is told, and the game goes on from where it was."""
+    server = PlayServer(pipeline(transformer(num_actions=4, std=1e20)), Players(), [START])
+    begin(server)
+    for _ in range(2):
+        reply = answering(server.step)({"player": PLAYER, "action": 1, "settings": SETTINGS})
+        assert "No picture came out" in reply["error"]
 
 
 def test_pages_show_what_the_players_said(server: PlayServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +163,29 @@ def test_starts_are_spread_over_the_episodes() -> None:
     ]
     assert {len(start.frames) for start in starts} == {20}
     assert cut_starts([]) == []
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["base", "long"])
+def test_a_model_of_another_size(tmp_path: Path, long: bool) -> None:
+    """Frames of 96 x 64, as the episodes have them, whose actions this model does not know."""
+    folder = tmp_path / "episodes"
+    folder.mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (8, 70, 100, 3), dtype=np.uint8)
+    save_video(frames / 255, folder / "one.mp4", 10)
+    (folder / "metadata.jsonl").write_text('{"file_name": "one.mp4", "actions": [0, 1, 2, 3, 4, 5, 5, 5]}\n')
+    pipe = pipeline((long_transformer if long else transformer)(num_actions=4), sample_size=None)
+    starts = cut_starts(read_episodes(folder), num_starts=1)
+    size = frame_size(pipe, starts)
+    assert size == (64, 96)
+    starts = fit_starts(starts, size, 4)
+    assert starts[0].frames.shape == (8, 64, 96, 3) and starts[0].actions is None
+    assert fit_starts(cut_starts(read_episodes(folder)), size, 6)[0].actions == [0, 1, 2, 3, 4, 5, 5, 5]
+    server = PlayServer(pipe, Players(), starts, size)
+    for message, number in (({"start": 0}, 8), ({"start": None}, 0), ({"image": image_url(30, 20)}, 1)):
+        answering(server.start)({"player": PLAYER, "settings": SETTINGS} | message)
+        reply = answering(server.step)({"player": PLAYER, "action": 3, "settings": SETTINGS})
+        assert reply["number"] == number
+        content = base64.b64decode(reply["image"].partition("base64,")[2])
+        assert Image.open(io.BytesIO(content)).size == (96, 64)
+        assert server.save({"player": PLAYER})["video"]
+    assert frame_size(pipe, []) == (64, 64)

@@ -108,7 +108,7 @@ def test_a_game_runs_in_constant_memory(long: bool) -> None:
 
 def test_places_are_limited_and_given_back(pipe: FARVideoPipeline) -> None:
     now = [0.0]
-    players = Players(max_players=2, seconds_to_live=60, clock=lambda: now[0])
+    players = Players(max_players=2, seconds_to_rest=60, seconds_to_live=600, clock=lambda: now[0])
     new = lambda: Game(pipe, settings=SETTINGS)  # noqa: E731
     players.start("anna", new)
     players.start("bert", new)
@@ -128,6 +128,59 @@ def test_places_are_limited_and_given_back(pipe: FARVideoPipeline) -> None:
     with pytest.raises(UnknownPlayerError):
         players.recording("anna")
     assert players.num_players == 1
+
+
+def test_a_game_survives_a_long_rest_where_nobody_needs_its_place(pipe: FARVideoPipeline) -> None:
+    now = [0.0]
+    players = Players(clock=lambda: now[0])
+    players.start("anna", lambda: Game(pipe, settings=SETTINGS))
+    now[0] = 5 * 60
+    assert players.step("anna", 1).number == 0
+    now[0] += 10 * 3600
+    with pytest.raises(UnknownPlayerError):
+        players.step("anna", 1)
+
+
+def test_a_game_that_fails_to_begin_costs_nobody_a_place(pipe: FARVideoPipeline) -> None:
+    now = [0.0]
+    players = Players(max_players=1, clock=lambda: now[0])
+    players.start("anna", lambda: Game(pipe, settings=SETTINGS))
+    now[0] = 100
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        players.start("bert", lambda: Game(pipe, settings=GameSettings(0)))
+    assert players.step("anna", 1).number == 0
+
+
+def test_games_go_first(pipe: FARVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many frames of other tabs are waiting."""
+    players, order, begun, go = Players(), [], threading.Event(), threading.Event()
+    players.start("anna", lambda: Game(pipe, settings=SETTINGS))
+    monkeypatch.setattr(Game, "step", lambda game, action, settings: order.append("game"))
+
+    def block() -> None:
+        begun.set()
+        go.wait(60)
+
+    def ask(function: Callable[..., Any], *arguments: Any) -> None:
+        threads.append(threading.Thread(target=function, args=arguments))
+        threads[-1].start()
+
+    def wait_for(num_waiting: int) -> None:
+        while players._tasks.qsize() < num_waiting:
+            threads[0].join(0.01)
+
+    threads: list[threading.Thread] = []
+    ask(players.run, block)
+    assert begun.wait(60)
+    for number in range(5):
+        ask(players.run, order.append, number)
+        wait_for(number + 1)
+    ask(players.step, "anna", 1)
+    wait_for(6)
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert order == ["game", 0, 1, 2, 3, 4]
 
 
 def test_a_broken_game_harms_nobody(pipe: FARVideoPipeline) -> None:

@@ -1,7 +1,5 @@
 """The tab that shows what kinds of context do: one start, one seed, the same actions."""
 
-import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,23 @@ import numpy as np
 
 from ..demo import save_video
 from ..pipeline_far_video import FARVideoPipeline
-from ..pipeline_inputs import parse_actions
-from .continue_video import FRAMES_PER_SECOND, MAX_NEW_FRAMES, enlarged
+from .continue_video import (
+    FRAMES_PER_SECOND,
+    MAX_NEW_FRAMES,
+    action_table,
+    enlarged,
+    game_settings,
+    job,
+    known_actions,
+    sampling_fields,
+)
+from .fields import MAX_SEED, SliderField, check_work, whole_number
 from .play import picture
-from .players import Game, GameSettings, Players
+from .players import Game, GameSettings, Players, VisitorError
 from .starts import Start
+from .visitors import Visitors
 
+DEFAULT_SLOPE = 0.05
 GAP = 8  # pixels between the pictures of the mp4
 
 
@@ -31,7 +40,13 @@ def kinds_of_context(is_long: bool, steps: int, slope: float) -> dict[str, GameS
     }
 
 
-def compare_tab(pipeline: FARVideoPipeline, players: Players, starts: list[Start]) -> None:
+def compare_tab(
+    pipeline: FARVideoPipeline,
+    players: Players,
+    visitors: Visitors,
+    starts: list[Start],
+    size: tuple[int, int],
+) -> None:
     """Components and events of the tab."""
     config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
     names, is_long = config.action_names, pipeline.transformer.is_long
@@ -40,33 +55,41 @@ def compare_tab(pipeline: FARVideoPipeline, players: Players, starts: list[Start
             [(f"Real frames {number + 1}", number) for number in range(len(starts))] + [("Nothing", -1)],
             value=0 if starts else -1,
             label="Start",
+            info="The frames that all four videos begin with.",
         )
         actions = gr.Textbox(
             value=f"{names[1]}*16 {names[2]}*6 {names[1]}" if names and len(names) > 2 else "0",
             label="Actions; the last one goes on",
+            info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
             visible=num_actions is not None,
         )
-        num_new = gr.Slider(1, MAX_NEW_FRAMES, 32, step=1, label="New frames", elem_id="compare-new")
+        num_new = SliderField(
+            1,
+            MAX_NEW_FRAMES,
+            32,
+            step=1,
+            label="New frames",
+            info=f"How many frames the model adds; {FRAMES_PER_SECOND} are a second.",
+            elem_id="compare-new",
+        )
     with gr.Row():
-        slope = gr.Slider(0.01, 0.3, 0.05, step=0.01, label="FlexRoPE slope")
-        steps = gr.Slider(1, 64, config.num_inference_steps, step=1, label="Denoising steps")
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+        steps, slope, seed = sampling_fields(pipeline, DEFAULT_SLOPE)
     button = gr.Button("Compare", variant="primary", elem_id="compare-run")
     pictures = gr.HTML(elem_id="compare-pictures")
     video = gr.Video(label="All of them", elem_id="compare-video")
 
-    def run(*values: Any) -> Iterator[tuple[str, str | None]]:
-        try:
-            for images, path in compare(pipeline, players, starts, *values):
-                titles = kinds_of_context(is_long, 1, 0.0)
-                figures = "".join(
-                    f'<figure style="margin:0"><img src="{picture(enlarged(image))}" alt="{title}">'
-                    f"<figcaption>{title}</figcaption></figure>"
-                    for title, image in zip(titles, images, strict=True)
-                )
-                yield f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>', path
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
+    def run(request: gr.Request, *values: Any) -> Iterator[tuple[str, str | None]]:
+        titles = kinds_of_context(is_long, 1, 0.0)
+        works = job(
+            visitors, request, lambda folder: compare(pipeline, players, starts, size, folder, *values)
+        )
+        for images, path in works:
+            figures = "".join(
+                f'<figure style="margin:0"><img src="{picture(enlarged(image))}" alt="{title}">'
+                f"<figcaption>{title}</figcaption></figure>"
+                for title, image in zip(titles, images, strict=True)
+            )
+            yield f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>', path
 
     button.click(run, [start, actions, num_new, slope, steps, seed], [pictures, video])
 
@@ -75,36 +98,43 @@ def compare(
     pipeline: FARVideoPipeline,
     players: Players,
     starts: list[Start],
-    start: int,
-    actions: str,
-    num_new: int,
-    slope: float,
-    steps: int,
-    seed: int,
+    size: tuple[int, int],
+    folder: Path,
+    start: int | None,
+    actions: str | None,
+    num_new: int | None,
+    slope: float | None,
+    steps: int | None,
+    seed: int | None,
 ) -> Iterator[tuple[list[np.ndarray], str | None]]:
     """The newest frame of each kind of context, as they come, and the mp4 at the end.
 
     Raises:
         ValueError: with a message for the visitor.
     """
-    if not 1 <= num_new <= MAX_NEW_FRAMES:
-        raise ValueError(f"New frames: {num_new}, it takes 1 to {MAX_NEW_FRAMES}.")
-    if not -1 <= start < len(starts):
-        raise ValueError(f"Start: {start}, it takes 0 to {len(starts) - 1}, or -1 for nothing.")
-    num_actions = pipeline.transformer.config.num_actions
-    table: Any = itertools.repeat(None)
-    if num_actions is not None:
-        table = parse_actions(actions, pipeline.config.action_names, num_actions, num_new)
-    begin = (starts[start].frames, starts[start].actions) if start >= 0 else (None, None)
-    kinds = kinds_of_context(pipeline.transformer.is_long, int(steps), slope)
-    games = [players.run(Game, pipeline, *begin, settings, int(seed)) for settings in kinds.values()]
+    num_new = whole_number("New frames", num_new, 32, 1, MAX_NEW_FRAMES)
+    start = -1 if start is None else start
+    if isinstance(start, bool) or not isinstance(start, int) or not -1 <= start < len(starts):
+        raise VisitorError(f"Start: it takes 0 to {len(starts) - 1}, or -1 for nothing.")
+    seed = whole_number("Seed", seed, 0, 0, MAX_SEED)
+    settings = game_settings(pipeline, steps, DEFAULT_SLOPE if slope is None else slope)
+    kinds = kinds_of_context(
+        pipeline.transformer.is_long, settings.num_inference_steps, settings.flex_rope_slope
+    )
+    check_work(num_new, len(kinds), settings.num_inference_steps)
+    table = action_table(pipeline, actions, num_new)
+    frames, led_by = (starts[start].frames, starts[start].actions) if start >= 0 else (None, None)
+    games = [
+        players.run(lambda kind=kind: Game(pipeline, frames, led_by, kind, seed, size=size))
+        for kind in kinds.values()
+    ]
     rows: list[np.ndarray] = []
-    for _, action in zip(range(num_new), table, strict=False):
+    for action in table:
         images = [players.run(game.step, action).image for game in games]
         rows.append(
             np.concatenate([np.pad(enlarged(image), ((0, 0), (0, GAP), (0, 0))) for image in images], 1)
         )
         yield images, None
-    path = Path(tempfile.mkdtemp(prefix="diffusers-far-")) / "compared.mp4"
+    path = folder / "compared.mp4"
     save_video(np.stack(rows) / 255, path, FRAMES_PER_SECOND)
     yield images, str(path)

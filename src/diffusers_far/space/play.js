@@ -9,7 +9,7 @@ const KEYS = {
 const ARROWS = { "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓" };
 const player = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const held = new Set(); // directions of keys and buttons that are down
-let options = null, playing = false, waiting = false, start = 0, picked = null, alive = false;
+let options = null, named = false, playing = false, waiting = false, start = 0, picked = null, alive = false;
 let pictures = new Map(); // frames that are in the context, for the strip
 let arrivals = []; // times of the last frames, for the rate
 
@@ -22,11 +22,10 @@ function settings() {
   };
 }
 
-// The index of the action for what is held: "forward-left" for both, else one of them, else to do nothing.
+// Where the actions are directions, the index of the one for what is held: "forward-left" for both, else one of
+// them, else to do nothing. Other actions are held by their number.
 function action() {
-  const numbered = [...held].find((name) => /^\d+$/.test(name));
-  if (numbered !== undefined) return Number(numbered);
-  if (options.actions === null) return null;
+  if (!named) return held.size ? Number([...held].at(-1)) : null;
   const turn = held.has("left") ? "left" : held.has("right") ? "right" : null;
   const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : null;
   for (const name of [walk && turn && walk + "-" + turn, walk, turn, "noop"]) {
@@ -98,19 +97,24 @@ async function ask(name, argument) {
   }
 }
 
-async function reset() {
-  pause();
+async function begin() {
   while (waiting) await new Promise((done) => setTimeout(done, 20));
   pictures.clear();
   arrivals = [];
-  const reply = await ask("start", { start, image: picked, seed: Number(find("seed").value), settings: settings() });
+  const seed = Math.min(Math.max(0, Math.floor(Number(find("seed").value) || 0)), Number.MAX_SAFE_INTEGER);
+  const reply = await ask("start", { start, image: picked, seed, settings: settings() });
   alive = reply !== null;
   if (reply) await draw(reply);
 }
 
+async function reset() {
+  pause();
+  await begin();
+}
+
 async function step() {
-  if (waiting) return;
-  if (!alive) await reset();
+  if (waiting || !options) return;
+  if (!alive) await begin();
   if (!alive) return;
   const reply = await ask("step", { action: action(), settings: settings() });
   if (reply) await draw(reply);
@@ -123,6 +127,7 @@ function pause() {
 }
 
 async function run() {
+  if (playing) return;
   playing = true;
   find("run").textContent = "Pause";
   while (playing && element.isConnected) {
@@ -139,9 +144,24 @@ function choose(value, button) {
 function press(name, down) {
   down ? held.add(name) : held.delete(name);
   element.querySelectorAll(".far-pad button").forEach((button) => {
-    const parts = button.dataset.action.split("-");
-    button.classList.toggle("held", parts.every((part) => held.has(part)));
+    button.classList.toggle("held", keysOf(button.dataset.action).every((part) => held.has(part)));
   });
+}
+
+function release() {
+  [...held].forEach((name) => press(name, false));
+}
+
+// What is held for an action: a number, or directions.
+function keysOf(action) {
+  return named ? action.split("-") : [action];
+}
+
+// The part of an action that a key stands for, if any.
+function keyOf(event) {
+  const digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1];
+  if (named || !options) return KEYS[event.code];
+  return digit && Number(digit) < options.num_actions ? digit : undefined;
 }
 
 function build() {
@@ -158,22 +178,24 @@ function build() {
   find("starts").append(nothing);
   const first = find("starts").querySelector("button");
   choose(options.starts.length ? 0 : null, first);
-  const named = options.actions && options.actions.every((name) => name in ARROWS);
+  named = options.actions !== null && options.actions.every((name) => name in ARROWS);
+  if (!named) release(); // what was pressed before this was known
   const buttons = named ? Object.keys(ARROWS).filter((name) => options.actions.includes(name))
     : [...Array(options.num_actions ?? 0).keys()].map(String);
   for (const name of buttons) {
     const button = document.createElement("button");
     button.dataset.action = name;
     button.textContent = named ? ARROWS[name] : options.actions?.[Number(name)] ?? name;
-    button.title = name;
-    const parts = name.split("-");
-    const set = (down) => (event) => { event.preventDefault(); parts.forEach((part) => press(part, down)); };
-    button.onpointerdown = set(true);
+    button.title = named ? name : "action " + name;
+    const set = (down) => (event) => { event.preventDefault(); keysOf(name).forEach((part) => press(part, down)); };
+    button.onpointerdown = (event) => { set(true)(event); run(); };
     for (const end of ["pointerup", "pointerleave", "pointercancel"]) button.addEventListener(end, set(false));
     find("pad").append(button);
   }
-  if (!options.guidance) find("guidance").closest("label").hidden = true;
-  if (!options.long) find("memory").closest("label").hidden = true;
+  find("keys").textContent = named ? "Arrow keys, WASD, or the buttons under the picture."
+    : buttons.length ? `Keys 0 to ${Math.min(9, buttons.length - 1)}, or the buttons under the picture.` : "";
+  find("guidance").closest(".far-setting").hidden = !options.guidance;
+  find("memory").closest(".far-setting").hidden = !options.long;
   find("steps").value = options.num_inference_steps;
   find("steps").max = Math.max(32, options.num_inference_steps);
   find("guidance").value = 1;
@@ -181,39 +203,64 @@ function build() {
   element.querySelectorAll("input[type=range]").forEach((slider) => {
     const tell = () => (slider.parentElement.querySelector("output").textContent = slider.value);
     slider.addEventListener("input", tell);
+    slider.addEventListener("pointerup", () => slider.blur()); // arrow keys are the game's again
     tell();
   });
 }
 
-element.addEventListener("keydown", (event) => {
-  const digit = /^Digit(\d)$/.exec(event.code);
-  const name = KEYS[event.code] ?? (digit && !options?.actions ? digit[1] : null);
-  if (!name || event.target.matches("input")) return;
+// Keys count wherever the focus is, as soon as this runs, save in fields that need them.
+document.addEventListener("keydown", (event) => {
+  const isShown = element.isConnected && canvas.offsetParent !== null;
+  const isTyping = event.target.matches?.("input:not([type=checkbox], [type=file]), textarea, select");
+  if (!isShown || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+  const name = keyOf(event);
+  if (!name) return;
   event.preventDefault();
+  if (event.repeat) return;
   press(name, true);
-  if (!playing) run();
+  run();
 });
-element.addEventListener("keyup", (event) => {
-  const digit = /^Digit(\d)$/.exec(event.code);
-  const name = KEYS[event.code] ?? (digit ? digit[1] : null);
+document.addEventListener("keyup", (event) => {
+  const name = keyOf(event);
   if (name) press(name, false);
 });
-canvas.addEventListener("blur", () => [...held].forEach((name) => press(name, false)));
+// Nobody says so when a key is let go in another window.
+window.addEventListener("blur", release);
+canvas.addEventListener("blur", release);
+document.addEventListener("visibilitychange", () => { if (document.hidden) release(); });
 find("run").onclick = () => { if (playing) pause(); else { canvas.focus(); run(); } };
 find("step").onclick = () => { pause(); step(); };
 find("reset").onclick = reset;
-find("upload").onchange = async (event) => {
-  const file = event.target.files[0];
-  event.target.value = "";
-  if (!file) return;
-  if (file.size > options.max_image_bytes) {
-    return show(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB; at most ${options.max_image_bytes / 2 ** 20} MB`);
+// A data URL of the file; of a large picture, such as a phone's photo, a smaller copy.
+async function dataUrl(file) {
+  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
+  if (bitmap && (file.size > options.max_image_bytes || bitmap.width * bitmap.height > options.max_image_pixels)) {
+    const scale = Math.min(1, 1024 / Math.max(bitmap.width, bitmap.height));
+    const small = document.createElement("canvas");
+    small.width = Math.max(1, Math.round(scale * bitmap.width));
+    small.height = Math.max(1, Math.round(scale * bitmap.height));
+    const smallPen = small.getContext("2d");
+    smallPen.imageSmoothingQuality = "high";
+    smallPen.drawImage(bitmap, 0, 0, small.width, small.height);
+    return small.toDataURL("image/jpeg", 0.95);
   }
-  picked = await new Promise((done) => {
+  if (file.size > options.max_image_bytes) return null;
+  return new Promise((done) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result);
     reader.readAsDataURL(file);
   });
+}
+find("upload").onchange = async (event) => {
+  const file = event.target.files[0];
+  event.target.value = "";
+  if (!file) return;
+  const url = await dataUrl(file);
+  if (!url) {
+    const limit = options.max_image_bytes / 2 ** 20;
+    return show(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB; at most ${limit} MB`);
+  }
+  picked = url;
   choose(null, null);
   await reset();
 };
@@ -226,10 +273,14 @@ find("save").onclick = async () => {
   link.download = "far-play.mp4";
   link.click();
 };
-window.addEventListener("pagehide", () => { playing = false; server.leave({ player }); });
+window.addEventListener("pagehide", (event) => {
+  if (event.persisted) return; // the page may come back
+  playing = false;
+  server.leave({ player });
+});
 (async () => {
   options = await server.options({ player });
   build();
-  await reset();
+  await begin();
   element.dataset.ready = "yes";
 })();

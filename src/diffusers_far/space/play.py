@@ -1,7 +1,6 @@
 """The tab in which visitors play: a page that asks for a frame as soon as the last one came."""
 
 import base64
-import binascii
 import io
 import tempfile
 from collections.abc import Callable
@@ -12,24 +11,26 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from diffusers.utils import export_to_video
+from fastapi import HTTPException
 from PIL import Image
 
 from ..pipeline_far_video import FARVideoPipeline
-from .players import BusyError, Game, GameFrame, GameSettings, Players, UnknownPlayerError
+from .fields import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
+from .players import Game, GameFrame, GameSettings, Players, VisitorError
 from .starts import Start
+from .uploads import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image
 
 HERE = Path(__file__).parent
-MAX_IMAGE_BYTES = 4 * 2**20
-MAX_IMAGE_PIXELS = 5_000_000
-MAX_STEPS = 64
 FRAMES_PER_SECOND = 10
 
 Message = dict[str, Any]
 
 
-def play_tab(pipeline: FARVideoPipeline, players: Players, starts: list[Start]) -> gr.HTML:
+def play_tab(
+    pipeline: FARVideoPipeline, players: Players, starts: list[Start], size: tuple[int, int]
+) -> gr.HTML:
     """The page and its functions."""
-    game = PlayServer(pipeline, players, starts)
+    game = PlayServer(pipeline, players, starts, size)
     functions = [game.options, game.start, game.step, game.save, game.leave]
     return gr.HTML(
         html_template=(HERE / "play.html").read_text(),
@@ -41,13 +42,23 @@ def play_tab(pipeline: FARVideoPipeline, players: Players, starts: list[Start]) 
 
 
 def answering(function: Callable[[Message], Message]) -> Callable[[Message], Message]:
-    """The function, with what a visitor can get wrong as `{"error": text}`."""
+    """The function for the page.
+
+    What a visitor can get wrong becomes `{"error": text}`, which the page shows; a message that the page
+    never sends becomes a status of 422 with the reason.
+    """
 
     def answer(message: Message) -> Message:
         try:
+            if not isinstance(message, dict):
+                raise ValueError("the message must be an object, with player as one of its entries")
             return function(message)
-        except (BusyError, UnknownPlayerError, ValueError) as error:
+        except VisitorError as error:
             return {"error": str(error)}
+        except FloatingPointError:
+            return {"error": "No picture came out with these settings. Move them back, and go on."}
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
 
     answer.__name__ = function.__name__
     return answer
@@ -56,10 +67,17 @@ def answering(function: Callable[[Message], Message]) -> Callable[[Message], Mes
 class PlayServer:
     """What the page asks for. A message is a JSON object with the player's own id, `player`."""
 
-    def __init__(self, pipeline: FARVideoPipeline, players: Players, starts: list[Start]) -> None:
+    def __init__(
+        self,
+        pipeline: FARVideoPipeline,
+        players: Players,
+        starts: list[Start],
+        size: tuple[int, int] | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.players = players
         self.starts = starts
+        self.size = size or (pipeline.config.sample_size,) * 2
 
     def options(self, message: Message) -> Message:
         """What the page can offer."""
@@ -73,61 +91,43 @@ class PlayServer:
             "flex_rope_slope": config.flex_rope_slope,
             "starts": [picture(start.frames[-1]) for start in self.starts],
             "max_image_bytes": MAX_IMAGE_BYTES,
+            "max_image_pixels": MAX_IMAGE_PIXELS,
         }
 
     def start(self, message: Message) -> Message:
         """A new game from one of `starts`, from an `image` (data URL), or from nothing."""
         settings, seed = game_settings(message.get("settings")), message.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed!r} must be a whole number from 0 on")
+        check_range("seed", seed, 0, MAX_SEED, whole=True)
         frames, actions = self._first_frames(message)
         frame = self.players.start(
-            player_id(message), lambda: Game(self.pipeline, frames, actions, settings, seed)
+            player_id(message), lambda: Game(self.pipeline, frames, actions, settings, seed, size=self.size)
         )
         earlier: Any = [] if frames is None else frames[-frame.number - 1 : -1]
         return reply(frame) | {"earlier": [(number, picture(image)) for number, image in enumerate(earlier)]}
 
     def _first_frames(self, message: Message) -> tuple[np.ndarray | None, list[int] | None]:
         if message.get("image") is not None:
-            return self._uploaded(message["image"]), None
+            return read_image(message["image"], *self.size)[None], None
         index = message.get("start")
         if index is None:
             return None, None
-        if not isinstance(index, int) or not 0 <= index < len(self.starts):
-            raise ValueError(f"start={index!r} must be one of the {len(self.starts)} starts, from 0 on")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.starts):
+            raise ValueError(f"start={shown(index)} must be one of the {len(self.starts)} starts, from 0 on")
         return self.starts[index].frames, self.starts[index].actions
-
-    def _uploaded(self, url: Any) -> np.ndarray:
-        """The image of a data URL in the size of the model's videos, `[1, H, W, 3]` uint8."""
-        encoded = url.partition("base64,")[2] if isinstance(url, str) else ""
-        if len(encoded) > 4 * MAX_IMAGE_BYTES / 3 + 4:
-            raise ValueError(f"The image is too large: at most {MAX_IMAGE_BYTES // 2**20} MB.")
-        try:
-            with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ValueError(
-                        f"The image has {image.width} x {image.height} pixels: at most "
-                        f"{MAX_IMAGE_PIXELS // 10**6} million."
-                    )
-                opened = image.convert("RGB")
-        except (OSError, binascii.Error, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError("The file cannot be read as an image.") from error
-        size = self.pipeline.config.sample_size
-        processor = self.pipeline.video_processor
-        return np.array(processor.resize(opened, size, size, resize_mode="crop"))[None]
 
     def step(self, message: Message) -> Message:
         """The next frame, led to by `action`, with `settings`."""
         action = message.get("action")
-        if action is not None and (isinstance(action, bool) or not isinstance(action, int)):
-            raise ValueError(f"action={action!r} must be a whole number or nothing")
+        if action is not None:
+            last = (self.pipeline.transformer.config.num_actions or 1) - 1
+            check_range("action", action, -1, last, whole=True)
         return reply(self.players.step(player_id(message), action, game_settings(message.get("settings"))))
 
     def save(self, message: Message) -> Message:
         """The game so far as an mp4, in a data URL."""
         frames = self.players.recording(player_id(message))
         if not frames:
-            raise ValueError("There is nothing to save yet: the game has no frame.")
+            raise VisitorError("There is nothing to save yet: the game has no frame.")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "play.mp4"
             large = [frame.repeat(4, axis=0).repeat(4, axis=1) / 255 for frame in frames]
@@ -142,23 +142,31 @@ class PlayServer:
 
 def player_id(message: Message) -> str:
     """The id that the page drew; nobody can guess another's."""
-    player = message.get("player") if isinstance(message, dict) else None
+    player = message.get("player")
     if not isinstance(player, str) or not 16 <= len(player) <= 64:
         raise ValueError("player must be a text of 16 to 64 characters")
     return player
 
 
 def game_settings(values: Any) -> GameSettings:
-    """Settings as the page sends them; their ranges are checked where they are used."""
+    """Settings as the page sends them."""
     names = {field.name for field in fields(GameSettings)}
     if not isinstance(values, dict) or set(values) != names:
-        raise ValueError(f"settings={values!r} must have {sorted(names)}")
+        raise ValueError(f"settings={shown(values)} must have {sorted(names)}")
     if not isinstance(values["long_memory"], bool):
-        raise ValueError(f"long_memory={values['long_memory']!r} must be true or false")
-    steps = values["num_inference_steps"]
-    if isinstance(steps, int) and steps > MAX_STEPS:
-        raise ValueError(f"num_inference_steps={steps} must be at most {MAX_STEPS} here")
+        raise ValueError(f"long_memory={shown(values['long_memory'])} must be true or false")
+    check_range("num_inference_steps", values["num_inference_steps"], 1, MAX_STEPS, whole=True)
+    check_range("guidance_scale", values["guidance_scale"], 0, MAX_GUIDANCE)
+    check_range("flex_rope_slope", values["flex_rope_slope"], 0, MAX_SLOPE)
     return GameSettings(**values)
+
+
+def check_range(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    """Raise a ValueError for what is no number, or out of range."""
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name}={shown(value)} must be a {kind} from {least} to {most}")
 
 
 def reply(frame: GameFrame) -> Message:

@@ -1,10 +1,12 @@
 """Games of a world model, one per visitor, in one process on one device."""
 
+import itertools
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,12 +19,19 @@ from ..pipeline_far_video import FARVideoPipeline
 Result = TypeVar("Result")
 
 
-class BusyError(Exception):
+class VisitorError(ValueError):
+    """What a visitor can bring about with the page, and is told in words."""
+
+
+class BusyError(VisitorError):
     """All places are taken."""
 
 
-class UnknownPlayerError(Exception):
+class UnknownPlayerError(VisitorError):
     """The game does not exist (any more)."""
+
+
+GAME, JOB = 0, 1  # what comes first on the device
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Game:
         max_context_frames: that a context has at most, the new frame included, where the checkpoint does not
             ask for fewer (`num_training_frames`).
         max_recorded_frames: that `recording` keeps.
+        size: height and width of the frames in pixels; by default the checkpoint's `sample_size`.
     """
 
     def __init__(
@@ -85,8 +95,10 @@ class Game:
         seed: int = 0,
         max_context_frames: int = 64,
         max_recorded_frames: int = 600,
+        size: tuple[int, int] | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.size = size or (pipeline.config.sample_size,) * 2
         self.settings = settings or GameSettings(pipeline.config.num_inference_steps)
         trained = pipeline.config.num_training_frames
         self.max_context_frames = min(trained or max_context_frames, max_context_frames)
@@ -99,6 +111,8 @@ class Game:
             context_actions=actions if start is not None else None,
             generator=torch.Generator().manual_seed(seed),
             max_rewind_frames=max_context_frames,  # long-term memory that is switched on again is there
+            height=self.size[0],
+            width=self.size[1],
             output_type="np",
             **self._rollout_settings(self.settings),
         )
@@ -140,8 +154,7 @@ class Game:
         """The newest frame; a gray one if there is none yet."""
         cache, context = self.rollout.cache, self.rollout.context
         if not self.recording:
-            size = self.pipeline.config.sample_size
-            return GameFrame(np.full((size, size, 3), 128, np.uint8), -1, context, 0.0, 0.0)
+            return GameFrame(np.full((*self.size, 3), 128, np.uint8), -1, context, 0.0, 0.0)
         megabytes = 0.0 if cache is None else cache.num_bytes / 2**20
         return GameFrame(self.recording[-1], self.rollout.num_frames - 1, context, milliseconds, megabytes)
 
@@ -150,26 +163,31 @@ class Players:
     """The games of all visitors.
 
     One thread computes, in the order in which frames are asked for: everybody gets a turn, and no two games
-    touch the model at once. A game that nobody has asked for a frame for a while makes place.
+    touch the model at once. Games go first, before the other tabs.
 
     Args:
         max_players: games at once.
-        seconds_to_live: of a game after its last frame.
+        seconds_to_rest: after its last frame, a game makes place for another if all places are taken.
+        seconds_to_live: of a game after its last frame, where nobody needs its place.
         clock: seconds.
     """
 
     def __init__(
         self,
         max_players: int = 8,
-        seconds_to_live: float = 60.0,
+        seconds_to_rest: float = 60.0,
+        seconds_to_live: float = 1800.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_players = max_players
+        self.seconds_to_rest = seconds_to_rest
         self.seconds_to_live = seconds_to_live
         self._clock = clock
         self._games: dict[str, tuple[Game, float]] = {}
         self._lock = threading.Lock()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        threading.Thread(target=self._work, name="model", daemon=True).start()
 
     @property
     def num_players(self) -> int:
@@ -184,20 +202,32 @@ class Players:
         Raises:
             BusyError: when all places are taken.
         """
-        return self._compute(lambda: self._start(player, make_game))
+        return self._compute(GAME, lambda: self._start(player, make_game))
 
     def _start(self, player: str, make_game: Callable[[], Game]) -> GameFrame:
         with self._lock:
-            self._forget_idle()
-            if player not in self._games and len(self._games) >= self.max_players:
-                raise BusyError(
-                    f"All {self.max_players} places are taken. Try again in a minute: a game that rests for "
-                    f"{self.seconds_to_live:.0f} seconds makes place."
-                )
+            self._find_place(player)
         game = make_game()
         with self._lock:
+            leaving = self._find_place(player)
+            if leaving is not None:
+                del self._games[leaving]
             self._games[player] = (game, self._clock())
         return game.last_frame()
+
+    def _find_place(self, player: str) -> str | None:
+        """Whose game has to make place, if any has to."""
+        self._forget_idle()
+        if player in self._games or len(self._games) < self.max_players:
+            return None
+        oldest = self._clock() - self.seconds_to_rest
+        resting = [(last, other) for other, (_, last) in self._games.items() if last < oldest]
+        if not resting:
+            raise BusyError(
+                f"All {self.max_players} places are taken. Try again in a minute: a game that rests for "
+                f"{self.seconds_to_rest:.0f} seconds makes place."
+            )
+        return min(resting)[1]
 
     def step(self, player: str, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
         """The next frame of a player's game.
@@ -207,12 +237,12 @@ class Players:
             ValueError: see [`Game.step`].
         """
         game = self._game(player)
-        return self._compute(lambda: game.step(action, settings))
+        return self._compute(GAME, lambda: game.step(action, settings))
 
     def recording(self, player: str) -> list[np.ndarray]:
         """The last frames of a player's game, `[H, W, 3]` uint8 each."""
         game = self._game(player)
-        return self._compute(lambda: list(game.recording))
+        return self._compute(GAME, lambda: list(game.recording))
 
     def leave(self, player: str) -> None:
         """Give a place back."""
@@ -232,9 +262,22 @@ class Players:
         oldest = self._clock() - self.seconds_to_live
         self._games = {player: entry for player, entry in self._games.items() if entry[1] >= oldest}
 
-    def _compute(self, function: Callable[[], Result]) -> Result:
-        return self._worker.submit(function).result()
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()[-1]()
+
+    def _compute(self, priority: int, function: Callable[[], Result]) -> Result:
+        future: Future[Result] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # is raised where the result is waited for
+                future.set_exception(error)
+
+        self._tasks.put((priority, next(self._numbers), task))
+        return future.result()
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Compute something else on the same thread, in turn with the games."""
-        return self._compute(lambda: function(*arguments))
+        """Compute something else on the same thread, when no game waits for a frame."""
+        return self._compute(JOB, lambda: function(*arguments))

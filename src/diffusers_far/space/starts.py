@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..pipeline_inputs import read_video
+from .uploads import fit_frame
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,18 @@ def cut_starts(episodes: list[Start], num_starts: int = 6, num_frames: int = 32)
         actions = None if episode.actions is None else episode.actions[clip]
         starts.append(Start(episode.frames[clip], actions))
     return starts
+
+
+def fit_starts(starts: list[Start], size: tuple[int, int], num_actions: int | None) -> list[Start]:
+    """Starts for a model of this size of frames and so many actions.
+
+    Actions that the model does not know come from another world: the frames stay, with no word of what led to
+    them.
+    """
+    fitted = []
+    for start in starts:
+        frames = [fit_frame(Image.fromarray(frame), *size, "crop to fill") for frame in start.frames]
+        known = num_actions is not None and start.actions is not None
+        known = known and all(0 <= action < (num_actions or 0) for action in start.actions or [])
+        fitted.append(Start(np.stack(frames), start.actions if known else None))
+    return fitted
