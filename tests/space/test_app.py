@@ -16,10 +16,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusers_far.demo import CHECKPOINT, EPISODES
-from diffusers_far.pipeline_inputs import read_video
 from diffusers_far.space.app import build_app, load
 from diffusers_far.space.players import Players
 from diffusers_far.space.uploads import MAX_UPLOAD_MB
+from diffusers_far.video_files import read_video
 from evaluation.metrics import horizontal_shift
 
 START_FRAME = 31  # a start has 32 frames

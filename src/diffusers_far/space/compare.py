@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ..demo import save_video
+from ..inputs import parse_actions
 from ..pipeline_far_video import FARVideoPipeline
-from ..pipeline_inputs import parse_actions
+from ..video_files import save_video
 from .continue_video import FRAMES_PER_SECOND, MAX_NEW_FRAMES, enlarged
 from .play import picture
 from .players import Game, GameSettings, Players

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipeline_inputs import read_video
+from ..video_files import read_video
 
 
 @dataclass(frozen=True)

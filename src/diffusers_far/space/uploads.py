@@ -7,7 +7,7 @@ import numpy as np
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from ..pipeline_inputs import iterate_video
+from ..video_files import iterate_video
 
 MAX_UPLOAD_MB = 20
 MAX_UPLOAD_FRAMES = 600
