@@ -25,4 +25,4 @@ format:
 	$(PYTHON) -m ruff format .
 
 demo:
-	$(PYTHON) -m diffusers_far.demo
+	$(PYTHON) -m diffusers_far.cli demo

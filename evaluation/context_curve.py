@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from data.doom_maze_files import revisited_frames
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
-from diffusers_far.pipeline_inputs import read_video
+from diffusers_far.video_files import read_video
 from evaluation.lpips import LPIPS
 from evaluation.machine import describe
 from evaluation.memory_loss import change_long_frames, memory_loss

@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
-from diffusers_far.pipeline_inputs import read_video
+from diffusers_far.video_files import read_video
 from evaluation.metrics import sharpness
 
 

@@ -10,8 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffusers_far import cli
-from diffusers_far.demo import save_video
-from diffusers_far.pipeline_inputs import read_video
+from diffusers_far.video_files import read_video, save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 COMMANDS = ["continue", "convert", "demo", "generate", "info", "play", "push"]
@@ -140,6 +139,6 @@ def test_a_wrong_checkpoint_and_a_full_disk(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "far.mp4")
 
-    monkeypatch.setattr("diffusers_far.demo.save_video", full)
+    monkeypatch.setattr("diffusers_far.video_files.save_video", full)
     result = run("continue", video, "--checkpoint", checkpoint, "--num-frames", 7)
     assert result.exit_code == 1 and "No space left on device: 'far.mp4'" in result.output

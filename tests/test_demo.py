@@ -7,27 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from diffusers_far import demo
-from diffusers_far.demo import save_video
-from diffusers_far.pipeline_inputs import read_video
+from diffusers_far import cli, demo
+from diffusers_far.video_files import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_demo_writes_truth_beside_prediction(tmp_path):
     output = tmp_path / "demo.mp4"
-    command = [
-        sys.executable,
-        "-m",
-        "diffusers_far.demo",
-        "--frames",
-        "4",
-        "--steps",
-        "2",
-        "--output",
-        str(output),
-    ]
+    options = ["--num-frames", "36", "--num-inference-steps", "2", "--output", str(output)]
+    command = [sys.executable, "-m", "diffusers_far.cli", "demo", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "4 predicted" in done.stdout
@@ -36,24 +27,26 @@ def test_demo_writes_truth_beside_prediction(tmp_path):
     truth, prediction = np.split(frames[:, 8:-8], 2, axis=2)
     error = np.abs(truth - prediction)[..., 8:-8, :].mean(axis=(1, 2, 3))
     assert error[:32].max() < 20  # the context went through the autoencoder only
-    assert (tmp_path / "demo.mp4").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["demo.mp4"]  # nothing half-written is left
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere"], "--checkpoint: nowhere is not there"),
+        (["--checkpoint", "nowhere"], "--checkpoint: nowhere is neither a folder"),
         (["--episodes", "nowhere"], "--episodes: nowhere is not there"),
         (["--episode", "99"], "--episode: got 99"),
-        (["--frames", "1000"], "must lie within"),
-        (["--context", "0"], "must lie within"),
+        (["--num-frames", "1000"], "must lie within"),
+        (["--num-frames", "32"], "must lie within"),
+        (["--num-context", "0"], "must lie within"),
+        (["--output", "demo.txt"], "demo.txt must end with one of .mp4"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit, match=message):
-        demo.main(arguments)
+    result = CliRunner().invoke(cli.main, ["demo", *arguments])
+    assert result.exit_code == 1 and message in result.output
+    assert result.output.startswith("Error: ") and len(result.output.splitlines()) == 1
 
 
 def test_side_by_side_marks_context_and_prediction():

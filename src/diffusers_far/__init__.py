@@ -19,7 +19,7 @@ _MODULES = {
     "FARVideoPipelineOutput": "diffusers_far.pipeline_far_video",
     "Rollout": "diffusers_far.rollout",
     "preset": "diffusers_far.presets",
-    "read_video": "diffusers_far.pipeline_inputs",
+    "read_video": "diffusers_far.video_files",
     # diffusers looks this base class up in the package that a pipeline's model_index.json names.
     "ModelMixin": "diffusers",
 }

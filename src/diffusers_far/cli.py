@@ -1,6 +1,7 @@
 """The command `diffusers-far`: what the Python API does, under the same names."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import click
 from . import __version__
 
 CHECKPOINT = "checkpoints/far-doom-maze-64"
+EPISODES = "data/samples/doom-maze-64/validation"
 INTERRUPTED = 130  # what shells expect after Ctrl-C
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+OUTPUT_HELP = "Name of an mp4, webm or gif."
 VARIANT = click.option("--variant", help="Of the weights' files, such as fp16.")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -116,8 +120,8 @@ def make_video(
     import torch  # after --help, which should come at once
 
     from .context_schedule import ContextSchedule
-    from .demo import check_output, save_video
-    from .pipeline_inputs import parse_actions, read_video
+    from .inputs import parse_actions
+    from .video_files import check_output, read_video, save_video
 
     check_output(output)
     context = None if video is None else read_video(video)[-(num_context or 0) :]
@@ -181,13 +185,63 @@ def locate(checkpoint: str) -> str | Path:
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-@main.command(context_settings=PASS_ON, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def demo(arguments: tuple[str, ...]) -> None:
-    """Continue a held-out episode with the shipped model, truth beside prediction."""
-    from .demo import main as run
+@main.command()
+@click.option("--checkpoint", default=CHECKPOINT, show_default=True, help="Of a model with actions.")
+@click.option("--episodes", default=EPISODES, show_default=True, help="Split of a videofolder with actions.")
+@click.option("--episode", type=int, default=0, show_default=True, help="Which of its episodes.")
+@click.option("--start", type=int, default=0, show_default=True, help="First frame of the context.")
+@click.option("--num-context", type=int, default=32, show_default=True, help="Frames that the model sees.")
+@click.option("--num-frames", type=int, default=64, show_default=True, help="Context included.")
+@click.option("--num-inference-steps", type=int, help="Per frame; default: the checkpoint's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", type=OUTPUT, default="demo.mp4", show_default=True, help=OUTPUT_HELP)
+@click.option("--device", help="Default: a GPU if there is one.")
+def demo(
+    checkpoint: str,
+    episodes: str,
+    episode: int,
+    start: int,
+    num_context: int,
+    num_frames: int,
+    num_inference_steps: int | None,
+    seed: int,
+    output: Path,
+    device: str | None,
+) -> None:
+    """Continue a held-out episode of a real maze with the shipped model, truth beside prediction.
 
-    run(list(arguments))
+    \b
+    diffusers-far demo --output demo.mp4
+    """
+    import torch
+
+    from .demo import find, load_episode, side_by_side
+    from .video_files import check_output, save_video
+
+    check_output(output)
+    video, actions = load_episode(find(episodes, "episodes"), episode)
+    end = start + num_frames
+    if start < 0 or num_context < 1 or num_frames <= num_context or end > len(video):
+        raise ValueError(
+            f"--start {start} --num-context {num_context} --num-frames {num_frames} must lie within the "
+            f"{len(video)} frames of the episode, with frames left to predict"
+        )
+    pipeline = load_pipeline(checkpoint, device)
+    clip, started = video[start:end], time.perf_counter()
+    prediction = pipeline(
+        video=clip[:num_context],
+        actions=actions[start:end],
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).frames[0]
+    seconds, num_new = time.perf_counter() - started, num_frames - num_context
+    save_video(side_by_side(clip / 255.0, prediction, num_context), output, 10)
+    click.echo(
+        f"{output}: {num_context} frames of context, then {num_new} predicted from their actions "
+        f"(left: truth) in {seconds:.1f} s, {num_new / seconds:.1f} frames/s with decoding"
+    )
 
 
 @main.command(context_settings=PASS_ON, add_help_option=False)
@@ -201,7 +255,7 @@ def convert(arguments: tuple[str, ...]) -> None:
 
 @main.command()
 @click.option("--checkpoint", default="checkpoints/far-doom-maze-64-any-step", show_default=True)
-@click.option("--episodes", default="data/samples/doom-maze-64/validation", help="Videofolder to start from.")
+@click.option("--episodes", default=EPISODES, show_default=True, help="Videofolder to start from.")
 @click.option("--device", help="Default: a GPU if there is one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all addresses.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860 on.")

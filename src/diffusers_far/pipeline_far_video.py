@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .context_schedule import ContextSchedule
-from .pipeline_inputs import (
+from .inputs import (
     Labels,
     check_action_names,
     check_integer,

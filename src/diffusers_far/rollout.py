@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .context_schedule import ContextFrames, ContextSchedule
 from .flow_matching import CLEAN_TIMESTEP, check_scheduler, set_timesteps
+from .inputs import check_integer, check_number, label_tensor
 from .kv_cache import Slot
-from .pipeline_inputs import check_integer, check_number, label_tensor
 from .transformer_far import FARTransformer3DModel
 
 DenoisingCallback = Callable[[int, Tensor, Tensor], Tensor]

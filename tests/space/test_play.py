@@ -11,12 +11,12 @@ from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
-from diffusers_far.demo import save_video
 from diffusers_far.space import play
 from diffusers_far.space.app import frame_size
 from diffusers_far.space.play import PlayServer, answering
 from diffusers_far.space.players import Players
 from diffusers_far.space.starts import Start, cut_starts, fit_starts, read_episodes
+from diffusers_far.video_files import save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 PLAYER = "0123456789abcdef"

@@ -22,13 +22,13 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from diffusers_far.demo import save_video
-from diffusers_far.pipeline_inputs import parse_actions
+from diffusers_far.inputs import parse_actions
 from diffusers_far.space.app import build_app, serve
 from diffusers_far.space.fields import check_work, number, whole_number
 from diffusers_far.space.players import Players, VisitorError
 from diffusers_far.space.uploads import open_image, read_upload
 from diffusers_far.space.visitors import MAX_JOBS_PER_ADDRESS, UnreadError, Visitors
+from diffusers_far.video_files import save_video
 from tests.tiny_models import long_transformer, pipeline
 
 PLAYER = "0123456789abcdef"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_far.demo import save_video
-from diffusers_far.pipeline_inputs import parse_actions
+from diffusers_far.inputs import parse_actions
 from diffusers_far.space import uploads
 from diffusers_far.space.uploads import read_upload
+from diffusers_far.video_files import save_video
 
 NAMES = ["noop", "forward", "left", "forward-left"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ..demo import save_video
 from ..pipeline_far_video import FARVideoPipeline
+from ..video_files import save_video
 from .continue_video import (
     FRAMES_PER_SECOND,
     MAX_NEW_FRAMES,

@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ..demo import save_video, side_by_side
+from ..demo import side_by_side
+from ..inputs import parse_actions
 from ..pipeline_far_video import FARVideoPipeline
-from ..pipeline_inputs import parse_actions
+from ..video_files import save_video
 from .fields import (
     MAX_SEED,
     MAX_SLOPE,

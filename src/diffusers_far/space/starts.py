@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..pipeline_inputs import read_video
+from ..video_files import read_video
 from .uploads import fit_frame
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 
-from ..pipeline_inputs import iterate_video
+from ..video_files import iterate_video
 from .players import VisitorError
 
 MAX_UPLOAD_MB = 20
