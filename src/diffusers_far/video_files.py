@@ -379,6 +379,25 @@ def _turned(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
+def stated_size(path: str | Path, formats: Sequence[str]) -> tuple[int, int]:
+    """Width and height that a video file states; no frame is decoded.
+
+    Args:
+        formats: kinds of files to open, as FFmpeg calls them.
+
+    Raises:
+        ValueError: for a file that is none of them.
+    """
+    import av
+
+    try:
+        with av.open(str(path), options={"format_whitelist": ",".join(formats)}) as container:
+            context = container.streams.video[0].codec_context
+            return context.width, context.height
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"video={str(path)!r} cannot be read as a video: {error}") from error
+
+
 def check_frame_size(height: int, width: int) -> None:
     """Raise a ValueError for frames that would take gigabytes."""
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:

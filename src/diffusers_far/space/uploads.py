@@ -6,12 +6,11 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import numpy as np
 from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 
-from ..video_files import iterate_video
+from ..video_files import iterate_video, stated_size
 from .players import VisitorError
 
 MAX_UPLOAD_MB = 20
@@ -122,10 +121,8 @@ def video_size(path: str | Path) -> tuple[int, int]:
     except Exception:  # no picture, then, or a broken one
         pass
     try:
-        with av.open(str(path), options={"format_whitelist": ",".join(VIDEO_FORMATS)}) as container:
-            stream = container.streams.video[0]
-            return stream.codec_context.width, stream.codec_context.height
-    except (av.FFmpegError, IndexError) as error:
+        return stated_size(path, VIDEO_FORMATS)
+    except ValueError as error:
         raise VisitorError(NO_VIDEO) from error
 
 
