@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
@@ -47,6 +48,20 @@ class FARVideoPipelineOutput(BaseOutput):
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
 
+def check_lora(tensors: dict[str, Tensor], transformer: FARTransformer3DModel) -> None:
+    """Raise a ValueError unless all tensors of a LoRA are of layers of the transformer."""
+    layers = {name.replace(".base_layer", "") for name, _ in transformer.named_modules()}
+    unknown = [
+        name
+        for name in tensors
+        if not name.startswith("transformer.")
+        or name.removeprefix("transformer.").partition(".lora")[0] not in layers
+    ]
+    if unknown or not tensors:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise ValueError(f"not a LoRA of this transformer: {shown or 'it has no tensors'}")
+
+
 class _Interrupted(Exception):
     """Leaves the denoising loop of an interrupted call."""
 
@@ -54,8 +69,11 @@ class _Interrupted(Exception):
 _BEGIN_OF_CALLS = threading.Lock()
 
 
-class FARVideoPipeline(DiffusionPipeline):
+# Of diffusers' mixins, one for pipelines in which a `transformer` alone has adapters.
+class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
+
+    Adapters are saved, loaded, mixed, fused and unloaded as in diffusers (`load_lora_weights` and so on).
 
     Args:
         transformer: FAR, base or Long.
@@ -128,6 +146,41 @@ class FARVideoPipeline(DiffusionPipeline):
         """Height and width of a video must be multiples of this."""
         config = self.transformer.config
         return int(self.vae_scale_factor * math.lcm(config.patch_size, config.long_patch_size or 1))
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA of the transformer; diffusers' own leaves out in silence what does not fit.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: folder, file, repo id, or tensors by name.
+            adapter_name: what `set_adapters` calls it.
+            hotswap: put it in the place of the adapter of this name.
+            kwargs: as for diffusers' `load_lora_weights`, such as `weight_name`.
+
+        Raises:
+            ValueError: for tensors that are of no layer of the transformer.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", False)
+        kwargs["return_lora_metadata"] = True
+        tensors, metadata = self.lora_state_dict(
+            dict(source) if isinstance(source, dict) else source, **kwargs
+        )
+        check_lora(tensors, self.transformer)
+        self.load_lora_into_transformer(
+            tensors,
+            self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
 
     @torch.no_grad()
     def __call__(
