@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,12 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
+from .checked_loading import (
+    check_autoencoder,
+    check_options,
+    check_scaling_factor,
+    check_scheduler_config,
+)
 from .context_schedule import ContextSchedule
 from .pipeline_inputs import (
     Labels,
@@ -113,6 +120,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if num_training_frames is not None:
             check_integer("num_training_frames", num_training_frames, minimum=1)
         check_action_names(action_names, getattr(self, "transformer", None))
+        if getattr(self, "vae", None) is not None:
+            check_scaling_factor(self.vae.config.scaling_factor)
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
@@ -146,6 +155,32 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Height and width of a video must be multiples of this."""
         config = self.transformer.config
         return int(self.vae_scale_factor * math.lcm(config.patch_size, config.long_patch_size or 1))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a pipeline as in diffusers, but only a whole one.
+
+        Raises:
+            ValueError: for missing, unknown or NaN weights, an empty configuration, and options that the part
+                they are of does not have.
+        """
+        variant = kwargs.get("variant")
+        given = {name for name in ("transformer", "vae", "scheduler") if name in kwargs}
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        for name in {"transformer", "vae"} - given:  # loaded from where a download lies
+            folder = Path(getattr(pipeline, name).config._name_or_path).parent
+        if "vae" not in given and (folder / "vae").is_dir():
+            check_autoencoder(pipeline.vae, folder / "vae", variant)
+        if "scheduler" not in given and (folder / "scheduler").is_dir():
+            check_scheduler_config(pipeline.scheduler, folder / "scheduler")
+        return pipeline
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The options in a model_index.json; diffusers' own leaves out in silence those it does not know."""
+        check_options([cls], config_dict, "model_index.json")
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def load_lora_weights(
         self,
