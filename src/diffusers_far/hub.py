@@ -13,6 +13,7 @@ from .kv_cache import Slot
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 NOT_STATED = "Not stated."
+MARKER = "<!-- Written by diffusers_far, which renews it. To keep changes of your own, remove this line. -->"
 TAGS = ["diffusers", "far", "video-prediction", "world-model"]
 
 
@@ -111,6 +112,13 @@ def fill_model_card(
     )
 
 
+def automatic_card(model: Any, repo_id: str) -> str:
+    """A card that nobody has written to: a later upload renews it."""
+    card = fill_model_card(model, repo_id)
+    card.text = f"\n{MARKER}\n{card.text}"
+    return str(card)
+
+
 def upload_folder(
     model: Any,
     working_dir: str | os.PathLike[str],
@@ -121,7 +129,7 @@ def upload_folder(
 ) -> Any:
     """The last step of diffusers' `push_to_hub`, with our model card in place of its bare one.
 
-    A repository that has a card keeps it.
+    A repository keeps a card that people have written; one of ours is renewed.
 
     Args:
         model: FARVideoPipeline or FARTransformer3DModel.
@@ -131,9 +139,11 @@ def upload_folder(
         subfolder: where in the repository; the card is written only if it is the root.
         kwargs: `commit_message` and `create_pr`.
     """
-    card = Path(working_dir) / "README.md"
-    if not subfolder and card.is_file() and not HfApi(token=token).file_exists(repo_id, card.name):
-        fill_model_card(model, repo_id).save(card)
+    card = Path(working_dir) / "README.md"  # the repository's own, where it has one
+    if not subfolder and card.is_file():
+        is_ours = MARKER in card.read_text(encoding="utf-8")
+        if is_ours or not HfApi(token=token).file_exists(repo_id, card.name):
+            card.write_text(automatic_card(model, repo_id), encoding="utf-8")
     return PushToHubMixin._upload_folder(
         model, working_dir, repo_id, token=token, subfolder=subfolder, **kwargs
     )
@@ -148,7 +158,7 @@ def push_folder(
     token: str | None = None,
     sample_video: str | os.PathLike[str] | None = None,
 ) -> str:
-    """Upload a pipeline's folder as it is, in one commit, with a model card if there is none.
+    """Upload a pipeline's folder as it is, in one commit, with a model card where people have written none.
 
     Args:
         folder: of the pipeline.
@@ -171,11 +181,21 @@ def push_folder(
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
+    if "README.md" in files and MARKER in files["README.md"].read_text(encoding="utf-8"):
+        del files["README.md"]
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    if "README.md" not in files and not api.file_exists(repo_id, "README.md", revision=revision):
-        card = str(fill_model_card(pipeline, repo_id))
+    if "README.md" not in files and not is_written_by_people(api, repo_id, revision):
+        card = automatic_card(pipeline, repo_id)
         operations.append(CommitOperationAdd("README.md", card.encode()))
     if sample_video is not None:
         operations.append(CommitOperationAdd("sample.mp4", Path(sample_video)))
     message = f"Upload {type(pipeline).__name__}"
     return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)
+
+
+def is_written_by_people(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has a card that is not one of ours."""
+    if not api.file_exists(repo_id, "README.md", revision=revision):
+        return False
+    card = api.hf_hub_download(repo_id, "README.md", revision=revision)
+    return MARKER not in Path(card).read_text(encoding="utf-8")

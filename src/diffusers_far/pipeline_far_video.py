@@ -5,16 +5,24 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
+from .checked_loading import (
+    check_autoencoder,
+    check_options,
+    check_scaling_factor,
+    check_scheduler_config,
+)
 from .context_schedule import ContextSchedule
 from .inputs import (
     Labels,
@@ -47,6 +55,20 @@ class FARVideoPipelineOutput(BaseOutput):
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
 
+def check_lora(tensors: dict[str, Tensor], transformer: FARTransformer3DModel) -> None:
+    """Raise a ValueError unless all tensors of a LoRA are of layers of the transformer."""
+    layers = {name.replace(".base_layer", "") for name, _ in transformer.named_modules()}
+    unknown = [
+        name
+        for name in tensors
+        if not name.startswith("transformer.")
+        or name.removeprefix("transformer.").partition(".lora")[0] not in layers
+    ]
+    if unknown or not tensors:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise ValueError(f"not a LoRA of this transformer: {shown or 'it has no tensors'}")
+
+
 class _Interrupted(Exception):
     """Leaves the denoising loop of an interrupted call."""
 
@@ -54,8 +76,11 @@ class _Interrupted(Exception):
 _BEGIN_OF_CALLS = threading.Lock()
 
 
-class FARVideoPipeline(DiffusionPipeline):
+# Of diffusers' mixins, one for pipelines in which a `transformer` alone has adapters.
+class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
+
+    Adapters are saved, loaded, mixed, fused and unloaded as in diffusers (`load_lora_weights` and so on).
 
     Args:
         transformer: FAR, base or Long.
@@ -95,6 +120,8 @@ class FARVideoPipeline(DiffusionPipeline):
         if num_training_frames is not None:
             check_integer("num_training_frames", num_training_frames, minimum=1)
         check_action_names(action_names, getattr(self, "transformer", None))
+        if getattr(self, "vae", None) is not None:
+            check_scaling_factor(self.vae.config.scaling_factor)
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
@@ -128,6 +155,67 @@ class FARVideoPipeline(DiffusionPipeline):
         """Height and width of a video must be multiples of this."""
         config = self.transformer.config
         return int(self.vae_scale_factor * math.lcm(config.patch_size, config.long_patch_size or 1))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a pipeline as in diffusers, but only a whole one.
+
+        Raises:
+            ValueError: for missing, unknown or NaN weights, an empty configuration, and options that the part
+                they are of does not have.
+        """
+        variant = kwargs.get("variant")
+        given = {name for name in ("transformer", "vae", "scheduler") if name in kwargs}
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        for name in {"transformer", "vae"} - given:  # loaded from where a download lies
+            folder = Path(getattr(pipeline, name).config._name_or_path).parent
+        if "vae" not in given and (folder / "vae").is_dir():
+            check_autoencoder(pipeline.vae, folder / "vae", variant)
+        if "scheduler" not in given and (folder / "scheduler").is_dir():
+            check_scheduler_config(pipeline.scheduler, folder / "scheduler")
+        return pipeline
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The options in a model_index.json; diffusers' own leaves out in silence those it does not know."""
+        check_options([cls], config_dict, "model_index.json")
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA of the transformer; diffusers' own leaves out in silence what does not fit.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: folder, file, repo id, or tensors by name.
+            adapter_name: what `set_adapters` calls it.
+            hotswap: put it in the place of the adapter of this name.
+            kwargs: as for diffusers' `load_lora_weights`, such as `weight_name`.
+
+        Raises:
+            ValueError: for tensors that are of no layer of the transformer.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", False)
+        kwargs["return_lora_metadata"] = True
+        tensors, metadata = self.lora_state_dict(
+            dict(source) if isinstance(source, dict) else source, **kwargs
+        )
+        check_lora(tensors, self.transformer)
+        self.load_lora_into_transformer(
+            tensors,
+            self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
 
     @torch.no_grad()
     def __call__(

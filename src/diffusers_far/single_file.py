@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from torch import Tensor
 
+from .checked_loading import check_shapes, check_weights
 from .key_map import convert_published_state_dict, published_name, unused_shapes
 from .presets import PRESETS, convert_published_config, preset, preset_of_file
 
@@ -120,23 +121,8 @@ def load_checked(
         for name, tensor in state_dict.items()
     }
     model.load_state_dict(converted, strict=True, assign=True)
+    check_weights(model, source)
     return model.eval()
-
-
-def check_shapes(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-    """Raise with the names (and shapes) of what differs, if anything does."""
-    problems = [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"unknown {name} {list(shape)}" for name, shape in found.items() if name not in expected]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source} does not fit the configuration: {'; '.join(problems[:5])}{more}")
 
 
 def load_published_transformer(

@@ -5,6 +5,7 @@ Dimensions: B batch, F frames, C latent channels, H x W latent grid, N tokens, D
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .attention import FARAttention, attention_mask
+from .checked_loading import check_names, check_options, check_weights
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
 from .tokens import (
@@ -200,6 +202,30 @@ class FARTransformer3DModel(
         for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as in diffusers, whose own leaves weights that are missing as they happen to be.
+
+        Raises:
+            ValueError: for missing, unknown or NaN weights, and options that the model does not have.
+        """
+        if kwargs.get("use_flashpack"):  # which checks for itself
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        source = str(pretrained_model_name_or_path)
+        check_names(info["missing_keys"], info["unexpected_keys"], source)
+        check_weights(model, source)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The options in a configuration; diffusers' own leaves out in silence what it does not know."""
+        check_options([cls], config_dict, f"the configuration of {cls.__name__}")
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def is_long(self) -> bool:

@@ -151,6 +151,29 @@ def test_a_card_on_the_hub_is_kept(hub: HubDouble, folder: Path, tmp_path: Path)
     assert "FAR Long" not in files["README.md"].decode()
 
 
+def test_a_card_of_ours_is_renewed(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
+    """Each push of a changed model, by either way, brings a card that is true of it."""
+    files = hub.repositories.setdefault("me/far", Repository()).branches["main"]
+    slopes = []
+    for slope in (0.1, 0.2, 0.3, 0.4):
+        pipe = pipeline(long_transformer(num_actions=4), flex_rope_slope=slope)
+        changed = tmp_path / str(slope)
+        pipe.save_pretrained(changed)
+        if slope == 0.4:
+            (changed / "README.md").write_bytes(files["README.md"])  # as in a download of the repository
+        if slope == 0.2:
+            code = f"FARVideoPipeline.from_pretrained({str(changed)!r}).push_to_hub('me/far')"
+            assert python(hub, tmp_path, code, HF_TOKEN=TOKEN).returncode == 0
+        else:
+            push(hub, tmp_path, changed)
+        slopes.append(f"flex_rope_slope: {slope}" in files["README.md"].decode())
+    assert all(slopes)
+    edited = files["README.md"].decode().replace("flex_rope_slope: 0.4", "my own words")
+    files["README.md"] = "\n".join(line for line in edited.splitlines() if "<!--" not in line).encode()
+    push(hub, tmp_path, folder)
+    assert "my own words" in files["README.md"].decode()
+
+
 def test_pushing_without_a_token(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffusers_far.cli", "push", str(folder), "me/far"]
     done = subprocess.run(

@@ -1,0 +1,161 @@
+"""Damaged copies of a checkpoint: each is refused when it is loaded, with a message that names the damage."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+from diffusers_far import FARTransformer3DModel, FARVideoPipeline
+from tests.tiny_models import autoencoder, generator, long_transformer, pipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DECODER = "decoder.up_blocks.2.1.conv1.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pipeline(long_transformer(num_actions=4)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def fill(value: float) -> Callable[[torch.Tensor], None]:
+    def change(tensor: torch.Tensor) -> None:
+        tensor.view(-1)[-1] = value
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a missing decoder tensor": (
+        lambda folder: edit_tensors(folder / "vae" / WEIGHTS, lambda tensors: tensors.pop(DECODER)),
+        DECODER,
+    ),
+    "an unknown tensor": (
+        lambda folder: edit_tensors(
+            folder / "vae" / WEIGHTS, lambda tensors: tensors.update(more=torch.ones(1))
+        ),
+        "unknown more",
+    ),
+    "a missing tensor": (
+        lambda folder: edit_tensors(
+            folder / "transformer" / WEIGHTS, lambda tensors: tensors.pop("proj_out.weight")
+        ),
+        "missing proj_out.weight",
+    ),
+    "fewer layers": (
+        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(num_layers=1)),
+        "unknown transformer_blocks.1",
+    ),
+    "more layers": (
+        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(num_layers=3)),
+        "missing transformer_blocks.2",
+    ),
+    "a lost long_patch_size": (
+        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.pop("long_patch_size")),
+        "unknown .*context",
+    ),
+    "NaN in the transformer": (
+        lambda folder: edit_tensors(
+            folder / "transformer" / WEIGHTS, lambda tensors: fill(float("nan"))(tensors["proj_out.weight"])
+        ),
+        "proj_out.weight has values that are NaN",
+    ),
+    "infinity in the autoencoder": (
+        lambda folder: edit_tensors(
+            folder / "vae" / WEIGHTS, lambda tensors: fill(float("inf"))(tensors[DECODER])
+        ),
+        f"{DECODER} has values that are NaN or infinite",
+    ),
+    "scaling_factor 0": (
+        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.update(scaling_factor=0)),
+        "scaling_factor=0",
+    ),
+    "no scaling_factor": (
+        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.pop("scaling_factor")),
+        "has no scaling_factor",
+    ),
+    "an empty scheduler": (
+        lambda folder: (folder / "scheduler/scheduler_config.json").write_text("{}"),
+        "scheduler_config.json is empty",
+    ),
+    "an emptied scheduler": (
+        lambda folder: (folder / "scheduler/scheduler_config.json").write_text(
+            '{"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1"}'
+        ),
+        "scheduler_config.json is empty",
+    ),
+    "a misspelt option of the scheduler": (
+        lambda folder: edit_json(folder / "scheduler/scheduler_config.json", lambda c: c.update(shifft=3.0)),
+        "shifft; shifft may mean shift",
+    ),
+    "a misspelt option of the autoencoder": (
+        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.update(scaling_facto=3.0)),
+        "scaling_facto may mean scaling_factor",
+    ),
+    "a misspelt option of the transformer": (
+        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(short_windo=3)),
+        "short_windo may mean short_window",
+    ),
+    "a misspelt option of the pipeline": (
+        lambda folder: edit_json(folder / "model_index.json", lambda c: c.update(flex_rope_slop=0.2)),
+        "flex_rope_slop may mean flex_rope_slope",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_pipeline_is_refused(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=words):
+        FARVideoPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in DAMAGES if "layers" in name or "transformer" in name or "long_patch" in name]
+)
+def test_a_damaged_transformer_is_refused(folder: Path, name: str) -> None:
+    damage, words = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(ValueError, match=words):
+        FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+
+
+def test_whole_pipelines_load(folder: Path) -> None:
+    """Of any dtype and form, with parts of one's own, and with the options of related schedulers."""
+    settings = {"num_frames": 2, "output_type": "latent", "actions": [0, 1]}
+    expected = FARVideoPipeline.from_pretrained(folder)(generator=generator(), **settings).frames
+    model, info = FARTransformer3DModel.from_pretrained(
+        folder, subfolder="transformer", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    own = FARVideoPipeline.from_pretrained(folder, transformer=model, vae=autoencoder())
+    assert torch.equal(own(generator=generator(), **settings).frames, expected)
+    half = FARVideoPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.vae.dtype == half.transformer.dtype == torch.bfloat16
+    half.scheduler = UniPCMultistepScheduler.from_config(
+        half.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    half.save_pretrained(folder / "sharded", variant="fp16", max_shard_size="200KB")
+    assert len(list((folder / "sharded").glob("vae/*.safetensors"))) >= 1
+    again = FARVideoPipeline.from_pretrained(folder / "sharded", variant="fp16")
+    assert again.scheduler.config.use_flow_sigmas
+    again.scheduler = FlowMatchEulerDiscreteScheduler.from_config(again.scheduler.config)
+    again.save_pretrained(folder / "back")
+    assert FARVideoPipeline.from_pretrained(folder / "back").scheduler.config.shift == 1.0
