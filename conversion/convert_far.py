@@ -1,8 +1,6 @@
 """Convert published FAR checkpoints to a pipeline folder, and back; `--help` says how."""
 
-import sys
-
-from diffusers_far.convert_published import main
+from diffusers_far.cli import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    convert(prog_name="convert_far.py")

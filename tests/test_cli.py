@@ -1,16 +1,19 @@
 """The command line, as a user types it."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from diffusers_far import cli
-from diffusers_far.video_files import read_video, save_video
+from diffusers_far import FARVideoPipeline, cli
+from diffusers_far.video_files import VideoFile, VideoWriter, read_video, save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 COMMANDS = ["continue", "convert", "demo", "generate", "info", "play", "push"]
@@ -110,16 +113,21 @@ def test_an_interruption_keeps_the_frames_so_far(
     [
         (["--checkpoint", "nowhere/at/all"], "--checkpoint: nowhere/at/all is neither a folder"),
         (["--actions", "up"], "'up' is not an action"),
-        (["--num-frames", 6], "num_frames=6 must be more than the 6 context frames"),
+        (["--num-frames", 6], "--num-frames 6 must be more than the 6 frames given"),
         (["--num-inference-steps", 0], "num_inference_steps=0"),
         (["--max-long-frames", -2], "max_long_frames=-2"),
-        (["--output", "no/folder/here.mp4"], "folder of no/folder/here.mp4 does not exist"),
+        (["--output", "no/folder/here.mp4"], "--output: the folder of no/folder/here.mp4 does not exist"),
+        (["--output", "far.txt"], "--output: far.txt must end with one of .mp4, .webm, .gif"),
+        (["--device", "cuda:77"], "--device: cuda:77 cannot be used here"),
+        (["--device", "gpu"], "--device: gpu cannot be used here"),
+        (["--actions", "forward " * 20_000], "The actions have 160000 characters"),
     ],
 )
 def test_errors_are_one_line(checkpoint: str, video: str, arguments: list[object], message: str) -> None:
     result = run("continue", video, "--checkpoint", checkpoint, *arguments)
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1].startswith("Error: ") and message in result.output
+    assert result.output.startswith("Error: ") and message in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_files_that_are_no_videos(checkpoint: str, tmp_path: Path) -> None:
@@ -129,16 +137,141 @@ def test_files_that_are_no_videos(checkpoint: str, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "cannot be read as a video" in result.output
 
 
-def test_a_wrong_checkpoint_and_a_full_disk(
-    checkpoint: str, video: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_checkpoint(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "model_index.json", "PNG")
     result = run("info", tmp_path)
     assert result.exit_code == 1 and result.output.startswith("Error: ")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "far.mp4")
 
-    monkeypatch.setattr("diffusers_far.video_files.save_video", full)
-    result = run("continue", video, "--checkpoint", checkpoint, "--num-frames", 7)
-    assert result.exit_code == 1 and "No space left on device: 'far.mp4'" in result.output
+def test_a_full_disk(checkpoint: str, video: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    output = tmp_path / "longer.mp4"
+    output.write_bytes(b"mine")
+    code = (
+        "import resource, sys; from diffusers_far.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); main(sys.argv[1:])"
+    )
+    options = ["continue", video, "--checkpoint", checkpoint, "--output", str(output)]
+    run = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("Error: ")
+    assert output.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["longer.mp4", "walk.mp4"]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "gif"])
+def test_the_given_video_is_kept(checkpoint: str, kind: str, tmp_path: Path) -> None:
+    """Its frames, size and frame rate; by default 32 new frames follow."""
+    frames = np.zeros((40, 48, 96, 3), np.uint8)
+    frames[:, :, :24, 0] = frames[:, :, 72:, 2] = 200  # red left, blue right, where the model does not see
+    frames[:, ::2, 24:72] = 255  # lines that no autoencoder of our tests reconstructs
+    save_video(frames, tmp_path / f"wide.{kind}", 25)
+    output = tmp_path / f"longer.{kind}"
+    result = run("continue", tmp_path / f"wide.{kind}", "--checkpoint", checkpoint, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "72 frames, 40 of them given" in result.output
+    made = read_video(output)
+    assert made.shape == (72, 48, 96, 3) and VideoFile(output).frame_rate == 25
+    assert np.abs(made[:40].astype(float) - read_video(tmp_path / f"wide.{kind}")).mean() < 4
+    assert made[40:, :, :22].max() < 24 and made[40:, :, 74:].max() < 24  # the model drew in the middle
+    assert made[40:, :, 26:70].max() > 60
+
+
+def test_a_size_that_is_asked_for(checkpoint: str, video: str, tmp_path: Path) -> None:
+    options = ["--num-frames", 8, "--height", 32, "--width", 64, "--output", tmp_path / "other.gif"]
+    result = run("continue", video, "--checkpoint", checkpoint, *options, "--fps", 20)
+    assert result.exit_code == 0, result.output
+    assert read_video(tmp_path / "other.gif").shape == (8, 32, 64, 3)
+    assert VideoFile(tmp_path / "other.gif").frame_rate == 20
+
+
+def test_the_video_itself_is_not_replaced(checkpoint: str, video: str, tmp_path: Path) -> None:
+    before = Path(video).read_bytes()
+    (tmp_path / "link.mp4").symlink_to(video)
+    for output in (video, tmp_path / "link.mp4"):
+        result = run("continue", video, "--checkpoint", checkpoint, "--output", output)
+        assert result.exit_code == 1 and "is the video to continue" in result.output
+    assert Path(video).read_bytes() == before
+
+
+def test_devices_are_not_replaced(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "null.mp4").symlink_to("/dev/null")
+    for output in ("/dev/null", tmp_path / "null.mp4"):
+        result = run("generate", "--checkpoint", checkpoint, "--output", output)
+        assert result.exit_code == 1 and f"--output: {output}" in result.output
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_result_is_the_same_as_in_python(checkpoint: str, video: str, tmp_path: Path) -> None:
+    """What the command makes of the frames and actions that it hands on."""
+    output = tmp_path / "longer.mp4"
+    options = ["--num-frames", 9, "--actions", "left*2 forward", "--seed", 3, "--output", output]
+    assert run("continue", video, "--checkpoint", checkpoint, *options).exit_code == 0
+    pipe = FARVideoPipeline.from_pretrained(checkpoint)
+    made = pipe(
+        video=video,
+        num_frames=9,
+        actions=[-1] * 6 + [2, 2, 1],
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).frames[0]
+    # Of squares of 8 pixels, as the model of this test draws noise, which mp4 does not keep.
+    squares = [frames.reshape(3, 8, 8, 8, 8, 3).mean((2, 4)) for frames in (read_video(output)[6:], made[6:])]
+    assert np.abs(squares[0] / 255 - squares[1]).mean() < 0.3 * squares[1].std()  # 1.1 for another seed
+
+
+def test_progress_in_a_log_is_short(checkpoint: str, tmp_path: Path) -> None:
+    options = ["--checkpoint", checkpoint, "--num-frames", "40", "--output", str(tmp_path / "far.mp4")]
+    command = [sys.executable, "-m", "diffusers_far.cli", "generate", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).replace("\r", "\n").splitlines() if line]
+    assert lines[-1].startswith("40 of 40 new frames") and len(lines) <= 10
+
+
+def test_the_end_of_a_long_video_takes_little_memory(checkpoint: str, tmp_path: Path) -> None:
+    """Beyond what a short one takes: less than 30 of its 300 frames."""
+    frame = np.zeros((480, 640, 3), np.uint8)
+    peaks = []
+    for number in (8, 300):
+        with VideoWriter(tmp_path / f"{number}.mp4", 30) as video:
+            for index in range(number):
+                video.write(np.roll(frame + np.uint8(index % 256), index, axis=1))
+        options = ["continue", str(tmp_path / f"{number}.mp4"), "--checkpoint", checkpoint]
+        options += ["--num-context", "4", "--num-frames", "5", "--output", str(tmp_path / "longer.mp4")]
+        code = (
+            "import resource, sys; from diffusers_far.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "except SystemExit as error: assert not error.code\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
+    assert peaks[1] - peaks[0] < 30 * frame.nbytes
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_comes_at_once(name: str | None) -> None:
+    """Processor time of a process of its own: other programs do not count."""
+    code = (
+        "import sys, time; from diffusers_far.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print(time.process_time(), 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *([name] if name else []), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    seconds, *imported = done.stdout.splitlines()[-1].split()
+    assert float(seconds) < 1 and imported == ["False", "False"]
+
+
+@pytest.mark.parametrize("command", cli.main.commands.values(), ids=lambda command: command.name)
+def test_options_are_written_with_dashes_and_named_as_in_python(command: click.Command) -> None:
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts == ["--" + parameter.name.replace("_", "-")]
+    arguments = inspect.signature(FARVideoPipeline.__call__).parameters.keys() | {"num_context", "seed"}
+    for name in ("frames", "steps", "context", "labels"):
+        assert name in arguments or all(parameter.name != name for parameter in command.params)

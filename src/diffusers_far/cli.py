@@ -2,24 +2,33 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
+from .presets import PRESETS
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECKPOINT = "checkpoints/far-doom-maze-64"
 EPISODES = "data/samples/doom-maze-64/validation"
 INTERRUPTED = 130  # what shells expect after Ctrl-C
-OUTPUT = click.Path(dir_okay=False, path_type=Path)
-OUTPUT_HELP = "Name of an mp4, webm or gif."
-VARIANT = click.option("--variant", help="Of the weights' files, such as fp16.")
+NUM_NEW_FRAMES = 32
+MAX_GIVEN_FRAMES = 600
+FRAME_RATE = 10  # of videos made from nothing, and where a file does not say
 DTYPES = ("float32", "bfloat16", "float16")
 
+FILE = click.Path(dir_okay=False, path_type=Path)
+VARIANT = click.option("--variant", help="Of the weights' files, such as fp16.")
+DEVICE = click.option("--device", help="Default: a GPU if there is one.")
 
-class Commands(click.Group):
+
+class Command(click.Command):
     """A wrong argument, file or disk ends with one line instead of a traceback, and with exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -27,6 +36,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+
+
+class Commands(click.Group):
+    command_class = Command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -47,9 +60,13 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--checkpoint", default=CHECKPOINT, show_default=True, help="Folder or repo id."),
         click.option(
-            "--output", type=click.Path(dir_okay=False, path_type=Path), default="far.mp4", show_default=True
+            "--output", type=FILE, default="far.mp4", show_default=True, help="Name of an mp4, webm or gif."
         ),
-        click.option("--num-frames", type=int, default=32, show_default=True, help="Context included."),
+        click.option(
+            "--num-frames",
+            type=int,
+            help=f"Given ones included; default: {NUM_NEW_FRAMES} more than are given.",
+        ),
         click.option(
             "--actions", help='Of the new frames, such as "forward*8 left*4"; the last one goes on.'
         ),
@@ -57,15 +74,19 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--guidance-scale", type=float, default=1.0, show_default=True),
         click.option("--num-inference-steps", type=int, help="Per frame; default: the checkpoint's."),
         click.option("--flex-rope-slope", type=float, help="Default: the checkpoint's."),
-        click.option("--max-short-frames", type=int, help="Of the context; default: all."),
-        click.option("--max-long-frames", type=int, help="Of the context; default: all."),
+        click.option("--max-short-frames", type=int, help="Of the context; default: as many as in training."),
+        click.option("--max-long-frames", type=int, help="Of the context; default: as many as in training."),
         click.option("--num-sink-frames", type=int, default=0, show_default=True),
         click.option("--refresh-interval", type=int, default=1, show_default=True, help="0: never."),
-        click.option("--height", type=int, help="In pixels; default: the checkpoint's."),
-        click.option("--width", type=int, help="In pixels; default: the checkpoint's."),
+        click.option("--height", type=int, help="Of new frames, in pixels; default: the checkpoint's."),
+        click.option("--width", type=int, help="As --height. With one of them, the result has this size."),
         click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--fps", type=click.IntRange(1, 120), default=10, show_default=True, help="Of the mp4."),
-        click.option("--device", help="Default: a GPU if there is one."),
+        click.option(
+            "--fps",
+            type=click.FloatRange(0, 1000, min_open=True),
+            help=f"Frames per second; default: the given video's; {FRAME_RATE} without one.",
+        ),
+        DEVICE,
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         VARIANT,
     ]
@@ -82,17 +103,27 @@ def generate(**options: Any) -> None:
     \b
     diffusers-far generate --checkpoint far-b-ucf101 --class-labels 3 --guidance-scale 2 --num-frames 16
     """
-    make_video(None, None, **options)
+    make_video(None, 0, **options)
 
 
 @main.command("continue")
 @click.argument("video", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--num-context", type=click.IntRange(1), help="Last frames of VIDEO to use; default: all.")
+@click.option(
+    "--num-context",
+    type=click.IntRange(1),
+    default=MAX_GIVEN_FRAMES,
+    show_default=True,
+    help="Last frames of VIDEO to use, at most.",
+)
 @sampling_options
-def continue_video(video: Path, num_context: int | None, **options: Any) -> None:
-    """Continue VIDEO, an mp4, gif or another file that PyAV reads.
+def continue_video(video: Path, num_context: int, **options: Any) -> None:
+    """Continue VIDEO, an mp4, gif or another common kind.
+
+    The result begins with the last frames of VIDEO as they are, and has its size and frame rate. The model
+    works at the size that it was trained at: of frames of another shape it sees the middle, and draws there.
 
     \b
+    diffusers-far continue walk.mp4
     diffusers-far continue walk.mp4 --num-context 32 --num-frames 64 --actions "forward*16 left*6"
     """
     make_video(video, num_context, **options)
@@ -100,59 +131,133 @@ def continue_video(video: Path, num_context: int | None, **options: Any) -> None
 
 def make_video(
     video: Path | None,
-    num_context: int | None,
+    num_context: int,
     checkpoint: str,
     output: Path,
-    num_frames: int,
+    num_frames: int | None,
     actions: str | None,
     seed: int,
-    fps: int,
+    fps: float | None,
     device: str | None,
     dtype: str,
     variant: str | None,
+    height: int | None,
+    width: int | None,
     max_short_frames: int | None,
     max_long_frames: int | None,
     num_sink_frames: int,
     refresh_interval: int,
     **options: Any,
 ) -> None:
-    """Call the pipeline, and write what it made; after Ctrl-C, the frames so far."""
-    import torch  # after --help, which should come at once
+    """Write the given frames and then, as they come, new ones; after Ctrl-C, the frames so far."""
+    import numpy as np  # after --help, which should come at once
+    import torch
 
     from .context_schedule import ContextSchedule
-    from .inputs import parse_actions
-    from .video_files import check_output, read_video, save_video
+    from .inputs import check_size, fit_frame, parse_actions
+    from .video_files import VideoFile, VideoWriter
 
-    check_output(output)
-    context = None if video is None else read_video(video)[-(num_context or 0) :]
+    check_output_option(output)
+    if video is not None and output.exists() and output.samefile(video):
+        raise ValueError(f"--output: {output} is the video to continue; take another name")
+    file = None if video is None else VideoFile(video)
+    schedule = ContextSchedule(
+        "trained" if max_short_frames is None else max_short_frames,
+        "trained" if max_long_frames is None else max_long_frames,
+        num_sink_frames,
+        refresh_interval or None,
+    )
     pipeline = load_pipeline(checkpoint, device, dtype, variant)
-    num_given, table = 0 if context is None else len(context), None
+    config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
+    if actions is not None and num_actions is None:
+        raise ValueError("--actions: this model has no actions")
+    table = None
     if actions is not None:
-        num_actions = pipeline.transformer.config.num_actions
-        if num_actions is None:
-            raise ValueError("--actions: this model has no actions")
-        new = parse_actions(
-            actions, pipeline.config.action_names, num_actions, max(1, num_frames - num_given)
-        )
-        table = [-1] * num_given + new  # nobody knows what led to the given frames
-    schedule = ContextSchedule(max_short_frames, max_long_frames, num_sink_frames, refresh_interval or None)
+        table = parse_actions(actions, config.action_names, num_actions, max(1, num_frames or NUM_NEW_FRAMES))
+    # The default schedule keeps no more frames than these, so the model needs no others.
+    num_seen = config.num_training_frames if schedule == ContextSchedule() else None
+    seen: deque[np.ndarray] = deque(maxlen=num_seen)
+    size = (height or config.sample_size, width or config.sample_size)  # at which the model works
+    keep_size = height is None and width is None
     code = 0
-    try:
-        frames = pipeline(
-            video=context,
-            num_frames=num_frames,
+
+    with VideoWriter(output, fps or (file and file.frame_rate) or FRAME_RATE) as writer:
+        for frame in () if file is None else file.last_frames(num_context):
+            size = (size[0] or frame.shape[0], size[1] or frame.shape[1])
+            check_size(*size, pipeline.frame_multiple)
+            seen.append(fit_frame(frame, *size))
+            writer.write(frame if keep_size else seen[-1])
+        num_given = writer.num_frames
+        shape = frame.shape[:2] if num_given and keep_size else None
+        num_new = NUM_NEW_FRAMES if num_frames is None else num_frames - num_given
+        if num_new < 1:
+            raise ValueError(f"--num-frames {num_frames} must be more than the {num_given} frames given")
+        if shape is not None and shape[0] * size[1] != shape[1] * size[0]:
+            click.echo("The model sees the middle of the frames, and draws there.", err=True)
+        frames = pipeline.stream(
             actions=table,
+            num_new_frames=num_new,
+            video=np.stack(seen) if seen else None,
+            height=size[0],
+            width=size[1],
             context_schedule=schedule,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
             **options,
-        ).frames
-    except KeyboardInterrupt:
-        frames, code = pipeline.frames_so_far("np"), INTERRUPTED
-    if frames.shape[1] > 0:
-        save_video(frames[0], output, fps)
-        click.echo(f"{output}: {frames.shape[1]} frames, {num_given} of them given")
+        )
+        progress = Progress(num_new)
+        try:
+            for number, made in enumerate(frames, 1):
+                writer.write(made[0] if shape is None else in_the_middle(made[0], *shape))
+                progress(number)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+    if writer.num_frames:
+        click.echo(f"{output}: {writer.num_frames} frames, {num_given} of them given")
     sys.exit(code)
+
+
+def check_output_option(output: Path) -> None:
+    """Raise a ValueError unless a video can be written to `output`."""
+    from .video_files import check_output
+
+    try:
+        check_output(output)
+    except ValueError as error:
+        raise ValueError(f"--output: {error}") from error
+
+
+def in_the_middle(frame: "np.ndarray", height: int, width: int) -> "np.ndarray":
+    """A new frame `[h, w, 3]`, enlarged to where a frame of `height` x `width` was cropped for the model."""
+    import numpy as np
+    from PIL import Image
+
+    scale = min(height / frame.shape[0], width / frame.shape[1])
+    size = (round(frame.shape[0] * scale), round(frame.shape[1] * scale))
+    image = Image.fromarray((frame * 255).round().clip(0, 255).astype(np.uint8))
+    whole = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    whole[top : top + size[0], left : left + size[1]] = np.asarray(image.resize(size[::-1]))
+    return whole
+
+
+class Progress:
+    """Says how many frames there are: in place on a terminal, elsewhere in a line every few seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.in_place = sys.stderr.isatty()
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        now = time.monotonic()
+        if number < self.total and now - self.said < (0.1 if self.in_place else 5):
+            return
+        self.said = now
+        rate = number / max(now - self.started, 1e-6)
+        line = f"{number} of {self.total} new frames, {rate:.1f} frames/s"
+        is_last = not self.in_place or number == self.total
+        click.echo(f"\r{line}" if self.in_place else line, nl=is_last, err=True)
 
 
 def load_pipeline(
@@ -160,13 +265,27 @@ def load_pipeline(
 ) -> Any:
     """A pipeline from a folder or a repo id."""
     import torch
+    from diffusers.utils import logging
 
     from .pipeline_far_video import FARVideoPipeline
 
+    logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     folder = str(locate(checkpoint))
     options = {"dtype": getattr(torch, dtype), "variant": variant}
     return FARVideoPipeline.from_pretrained(folder, **options).to(device)
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError unless the device is there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device: {device} cannot be used here: {reason}") from error
 
 
 def locate(checkpoint: str) -> str | Path:
@@ -182,9 +301,6 @@ def locate(checkpoint: str) -> str | Path:
     return shipped
 
 
-PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-
 @main.command()
 @click.option("--checkpoint", default=CHECKPOINT, show_default=True, help="Of a model with actions.")
 @click.option("--episodes", default=EPISODES, show_default=True, help="Split of a videofolder with actions.")
@@ -194,8 +310,10 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 @click.option("--num-frames", type=int, default=64, show_default=True, help="Context included.")
 @click.option("--num-inference-steps", type=int, help="Per frame; default: the checkpoint's.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--output", type=OUTPUT, default="demo.mp4", show_default=True, help=OUTPUT_HELP)
-@click.option("--device", help="Default: a GPU if there is one.")
+@click.option(
+    "--output", type=FILE, default="demo.mp4", show_default=True, help="Name of an mp4, webm or gif."
+)
+@DEVICE
 def demo(
     checkpoint: str,
     episodes: str,
@@ -216,9 +334,9 @@ def demo(
     import torch
 
     from .demo import find, load_episode, side_by_side
-    from .video_files import check_output, save_video
+    from .video_files import save_video
 
-    check_output(output)
+    check_output_option(output)
     video, actions = load_episode(find(episodes, "episodes"), episode)
     end = start + num_frames
     if start < 0 or num_context < 1 or num_frames <= num_context or end > len(video):
@@ -244,19 +362,93 @@ def demo(
     )
 
 
-@main.command(context_settings=PASS_ON, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def convert(arguments: tuple[str, ...]) -> None:
-    """Convert published checkpoints to a pipeline folder, and back."""
-    from .convert_published import main as run
+@main.command()
+@click.argument("transformer", type=Path, required=False, metavar="[FAR.pth]")
+@click.option("--autoencoder", type=Path, metavar="DCAE.pth", help="Published autoencoder.")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), metavar="NAME", help=f"One of {', '.join(PRESETS)}."
+)
+@click.option("--config", type=Path, metavar="FAR.json", help="The authors' configuration.")
+@click.option("--autoencoder-config", type=Path, metavar="DCAE.json", help="Of diffusers' AutoencoderDC.")
+@click.option(
+    "--num-training-frames",
+    type=click.IntRange(1),
+    help="Of the longest training clip; with --config (default: unknown).",
+)
+@click.option("--reverse", type=Path, metavar="DIR", help="Convert this pipeline folder back.")
+@click.option("--output", type=Path, required=True, help="Pipeline folder, or FAR.pth with --reverse.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; default: as in the files.")
+def convert(
+    transformer: Path | None,
+    autoencoder: Path | None,
+    preset: str | None,
+    config: Path | None,
+    autoencoder_config: Path | None,
+    num_training_frames: int | None,
+    reverse: Path | None,
+    output: Path,
+    dtype: str | None,
+) -> None:
+    """Convert published FAR checkpoints to a pipeline folder of diffusers-far, and back.
 
-    sys.exit(run(list(arguments)))
+    \b
+    diffusers-far convert FAR.pth --autoencoder DCAE.pth --preset far-b-long-dmlab --output DIR
+    diffusers-far convert FAR.pth --autoencoder DCAE.pth --config FAR.json --autoencoder-config DCAE.json \\
+        --output DIR
+    diffusers-far convert --reverse DIR --output FAR.pth --autoencoder DCAE.pth
+
+    In a checkout, `python conversion/convert_far.py` does the same. The files are PyTorch or safetensors
+    files. FAR.json has the authors' keys (`short_term_ctx_winsize`, `condition_cfg`, `context_patch_size`,
+    ...); a `slope_scale` other than 0 becomes the pipeline's default `flex_rope_slope`. DCAE.json is a
+    configuration of diffusers' `AutoencoderDC`. Every tensor must be known and of the right shape, or nothing
+    is written.
+
+    The way back writes the published names. Our models do not have `context_proj_out`, which published Long
+    files have and neither loss nor sampling uses: it is written as zeros, so that the authors' code loads the
+    file.
+    """
+    configs = (config, autoencoder_config)
+    if reverse is not None:
+        if transformer or preset or dtype or any(configs):
+            raise click.UsageError("--reverse goes with --output and --autoencoder only")
+    elif transformer is None or autoencoder is None:
+        raise click.UsageError("needs FAR.pth and --autoencoder DCAE.pth")
+    elif (preset is None and not all(configs)) or (preset is not None and any(configs)):
+        raise click.UsageError("needs either --preset, or both --config and --autoencoder-config")
+    if num_training_frames is not None and config is None:
+        raise click.UsageError("--num-training-frames goes with --config: presets know it")
+
+    import torch
+    from safetensors import SafetensorError
+
+    from .convert_published import convert_back, convert_files
+
+    try:
+        if reverse is not None:
+            zeros = convert_back(reverse, output, autoencoder)
+            click.echo(f"{output}: written" + (f", with zeros for {', '.join(zeros)}" if zeros else ""))
+            return
+        assert transformer is not None and autoencoder is not None
+        pipeline = convert_files(
+            transformer,
+            autoencoder,
+            output,
+            preset_name=preset,
+            config_file=config,
+            autoencoder_config_file=autoencoder_config,
+            num_training_frames=num_training_frames,
+            dtype=None if dtype is None else getattr(torch, dtype),
+        )
+    except (RuntimeError, SafetensorError) as error:  # of files that PyTorch or safetensors cannot read
+        raise ValueError(str(error)) from error
+    millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
+    click.echo(f"{output}: written, transformer of {millions:.1f} million parameters")
 
 
 @main.command()
 @click.option("--checkpoint", default="checkpoints/far-doom-maze-64-any-step", show_default=True)
 @click.option("--episodes", default=EPISODES, show_default=True, help="Videofolder to start from.")
-@click.option("--device", help="Default: a GPU if there is one.")
+@DEVICE
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all addresses.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860 on.")
 @click.option("--max-players", type=click.IntRange(1), default=8, show_default=True)
@@ -273,6 +465,8 @@ def play(**options: Any) -> None:
         if error.name != "gradio":
             raise
         raise ValueError('the browser demo needs gradio: pip install "diffusers-far[app]"') from error
+    if options["device"] is not None:
+        check_device(options["device"])
     launch(**options)
 
 

@@ -1,22 +1,6 @@
-r"""Convert published FAR checkpoints to a pipeline folder of diffusers-far, and back.
+"""Convert published FAR checkpoints to a pipeline folder, and back."""
 
-    diffusers-far convert FAR.pth --autoencoder DCAE.pth --preset far-b-long-dmlab --output DIR
-    diffusers-far convert FAR.pth --autoencoder DCAE.pth --config FAR.json --autoencoder-config DCAE.json \
-        --output DIR
-    diffusers-far convert --reverse DIR --output FAR.pth --autoencoder DCAE.pth
-
-In a checkout, `python conversion/convert_far.py` does the same. The files are PyTorch or safetensors files.
-FAR.json has the authors' keys (`short_term_ctx_winsize`, `condition_cfg`, `context_patch_size`, ...); a
-`slope_scale` other than 0 becomes the pipeline's default `flex_rope_slope`. DCAE.json is a configuration of
-diffusers' `AutoencoderDC`. Every tensor must be known and of the right shape, or nothing is written.
-
-The way back writes the published names. Our models do not have `context_proj_out`, which published Long files
-have and neither loss nor sampling uses: it is written as zeros, so that the authors' code loads the file.
-"""
-
-import argparse
 import inspect
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -27,12 +11,11 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .key_map import published_state_dict, unused_shapes
 from .pipeline_far_video import FARVideoPipeline
-from .presets import PRESETS, convert_published_config, preset
+from .presets import convert_published_config, preset
 from .single_file import (
     Model,
     load_checked,
@@ -41,8 +24,6 @@ from .single_file import (
     read_json_object,
 )
 from .transformer_far import FARTransformer3DModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_autoencoder_config(file: Path) -> dict[str, Any]:
@@ -152,80 +133,47 @@ def write_checkpoints(files: Mapping[Path, dict[str, Tensor]]) -> None:
             temporary.rename(file)
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
-    )
-    parser.add_argument("transformer", type=Path, nargs="?", metavar="FAR.pth", help="published transformer")
-    parser.add_argument("--autoencoder", type=Path, metavar="DCAE.pth", help="published autoencoder")
-    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--config", type=Path, metavar="FAR.json", help="the authors' configuration")
-    parser.add_argument("--autoencoder-config", type=Path, metavar="DCAE.json", help="of AutoencoderDC")
-    parser.add_argument(
-        "--num-training-frames",
-        type=int,
-        help="of the longest training clip; with --config (default: unknown)",
-    )
-    parser.add_argument("--reverse", type=Path, metavar="DIR", help="convert this pipeline folder back")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="pipeline folder, or FAR.pth with --reverse"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written; as in the files by default")
-    options = parser.parse_args(arguments)
+def convert_files(
+    transformer_file: Path,
+    autoencoder_file: Path,
+    output: Path,
+    preset_name: str | None = None,
+    config_file: Path | None = None,
+    autoencoder_config_file: Path | None = None,
+    num_training_frames: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> FARVideoPipeline:
+    """[`convert`], with the configurations of a preset, or of the two files.
 
-    configs = (options.config, options.autoencoder_config)
-    if options.reverse is not None:
-        if options.transformer or options.preset or options.dtype or any(configs):
-            parser.error("--reverse goes with --output and --autoencoder only")
-    elif options.transformer is None or options.autoencoder is None:
-        parser.error("needs FAR.pth and --autoencoder DCAE.pth")
-    elif (options.preset is None and not all(configs)) or (options.preset is not None and any(configs)):
-        parser.error("needs either --preset, or both --config and --autoencoder-config")
-    if options.num_training_frames is not None and options.config is None:
-        parser.error("--num-training-frames goes with --config: presets know it")
-    return options
-
-
-def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
-    if options.reverse is not None:
-        zeros = convert_back(options.reverse, options.output, options.autoencoder)
-        print(f"{options.output}: written" + (f", with zeros for {', '.join(zeros)}" if zeros else ""))
-        return
-    slope, sample_size, num_training_frames = 0.0, None, options.num_training_frames
+    Args:
+        preset_name: see [`preset`].
+        config_file: JSON with the authors' keys.
+        autoencoder_config_file: JSON with those of `AutoencoderDC`.
+        num_training_frames: with the two files; a preset knows it.
+    """
+    slope, sample_size = 0.0, None
     autoencoder_config: Mapping[str, Any]
-    if options.preset is not None:
-        published = preset(options.preset)
+    if config_file is None or autoencoder_config_file is None:
+        if preset_name is None:
+            raise ValueError("needs a preset, or both configurations")
+        published = preset(preset_name)
         transformer_config, autoencoder_config = published.transformer, published.autoencoder
         sample_size, num_training_frames = published.resolution, published.num_frames
     else:
-        published_config = read_json_object(options.config)
+        published_config = read_json_object(config_file)
         try:
             transformer_config, slope = convert_published_config(published_config)
         except ValueError as error:
-            raise ValueError(f"{options.config}: {error}") from error
-        autoencoder_config = read_autoencoder_config(options.autoencoder_config)
-    pipeline = convert(
-        options.transformer,
-        options.autoencoder,
+            raise ValueError(f"{config_file}: {error}") from error
+        autoencoder_config = read_autoencoder_config(autoencoder_config_file)
+    return convert(
+        transformer_file,
+        autoencoder_file,
         transformer_config,
         autoencoder_config,
-        options.output,
+        output,
         flex_rope_slope=slope,
         sample_size=sample_size,
         num_training_frames=num_training_frames,
-        dtype=DTYPES.get(options.dtype),
+        dtype=dtype,
     )
-    millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
-    print(f"{options.output}: written, transformer of {millions:.1f} million parameters")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    options = parse_arguments(arguments)
-    try:
-        run(options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0

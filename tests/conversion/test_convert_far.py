@@ -14,7 +14,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conversion.convert_far import main
+from conversion.convert_far import convert
 from diffusers_far import FARVideoPipeline
 from diffusers_far.key_map import (
     UNUSED,
@@ -25,6 +25,13 @@ from diffusers_far.presets import convert_published_config, preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "conversion" / "convert_far.py"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as exit_:
+        convert(arguments)
+    return int(exit_.value.code or 0)
 
 
 def load(file: Path) -> dict[str, Tensor]:
@@ -92,16 +99,14 @@ def test_the_command_line_reports_an_error_in_one_line(files: dict[str, Path], t
     run = command(*arguments(files | {"transformer": tmp_path / "absent.pth"}), folder=tmp_path)
     assert run.returncode == 1
     assert run.stdout == ""
-    line = f"convert: error: {tmp_path / 'absent.pth'}: there is no such file"
+    line = f"Error: {tmp_path / 'absent.pth'}: there is no such file"
     assert run.stderr.strip().splitlines()[-1] == line
     assert "Traceback" not in run.stderr
     assert not files["--output"].parent.exists()
 
 
 def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
+    assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert (
         "diffusers-far convert FAR.pth --autoencoder DCAE.pth --preset far-b-long-dmlab --output DIR" in shown
@@ -118,16 +123,14 @@ def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
             "FAR.pth --autoencoder DCAE.pth --preset far-b-bair-64 --config FAR.json --output DIR",
             "needs either --preset, or both",
         ),
-        ("FAR.pth --autoencoder DCAE.pth --preset far-s --output DIR", "invalid choice: 'far-s'"),
-        ("FAR.pth --autoencoder DCAE.pth --preset far-b-bair-64", "required: --output"),
+        ("FAR.pth --autoencoder DCAE.pth --preset far-s --output DIR", "'far-s' is not one of"),
+        ("FAR.pth --autoencoder DCAE.pth --preset far-b-bair-64", "Missing option '--output'"),
         ("--reverse DIR --output FAR.pth --dtype float16", "--reverse goes with"),
         ("FAR.pth --reverse DIR --output FAR.pth", "--reverse goes with"),
     ],
 )
 def test_wrong_arguments_are_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(line.split())
-    assert exit_.value.code == 2
+    assert main(line.split()) == 2
     assert message in capsys.readouterr().err
 
 
@@ -246,7 +249,7 @@ def test_a_faulty_transformer_is_named_and_nothing_is_written(
     torch.save(change(load(files["transformer"])), faulty)
     assert main(arguments(files | {"transformer": faulty})) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("convert: error: ")
+    assert error.startswith("Error: ")
     assert message in error
     assert str(faulty) in error or fault == "twice"
     assert not files["--output"].parent.exists()
