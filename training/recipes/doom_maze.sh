@@ -55,6 +55,7 @@ train_autoencoder autoencoder_doom_maze_decoder
 step $latents/.complete "$python" -m training.encode_latents $data --output $latents \
   --autoencoder runs/autoencoder_doom_maze/autoencoder --mixed-precision bf16
 train_far far_doom_maze
+make_pipeline far-doom-maze-64 far_doom_maze --num-training-frames 48 --solver UniPC --num-inference-steps 5
 train_far far_doom_maze_any_step
 make_pipeline far-doom-maze-64-any-step far_doom_maze_any_step --num-training-frames 48 --num-inference-steps 2
 
@@ -66,4 +67,4 @@ step $latents-revisit/.complete "$python" -m training.encode_latents $data-revis
 step $latents-memory/.complete join_latents
 step runs/far_doom_maze_memory/.complete "${keep_memory[@]}" "${two_processes[@]}" -m training.train_far \
   training/recipes/far_doom_maze_memory.yaml --resume-from latest
-make_pipeline far-doom-maze-64 far_doom_maze_memory --num-training-frames 256 --solver UniPC --num-inference-steps 5
+make_pipeline far-doom-maze-64-memory far_doom_maze_memory --num-training-frames 256 --solver UniPC --num-inference-steps 5
