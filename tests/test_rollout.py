@@ -131,7 +131,7 @@ def naive_rollout(
             timestep = torch.full((BATCH, num_frames), -1.0)
             timestep[:, -1] = 1000 * sigma
             frames = torch.cat([video, frame], dim=1)
-            velocity = model(frames, timestep, labels, actions).sample[:, -1:]
+            velocity = model(frames, timestep, class_labels=labels, actions=actions).sample[:, -1:]
             null = model(frames, timestep).sample[:, -1:]
             velocity = null + guidance_scale * (velocity - null)
             frame = frame + (next_sigma - sigma) * velocity
