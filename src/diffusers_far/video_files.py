@@ -343,6 +343,7 @@ class _Drawing:
         from av.video.reformatter import VideoReformatter
 
         self.reformatter = VideoReformatter()  # one for all frames: setting it up costs more than a frame
+        self.matrix: tuple[int, int, int, int] | None = None
         self.aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
 
     def __call__(self, frame: "VideoFrame") -> np.ndarray:
@@ -355,7 +356,10 @@ class _Drawing:
         pixels = self.reformatter.reformat(
             frame, width, height, "rgb24", interpolation="BICUBIC" if self.aspect != 1 else None
         ).to_ndarray()
-        return _turned(pixels, _display_matrix(frame))
+        # Of the first frame, as it is the file's. A frame that is asked for its side data stays in memory, as
+        # the two refer to each other, until Python collects its garbage.
+        self.matrix = self.matrix or _display_matrix(frame)
+        return _turned(pixels, self.matrix)
 
 
 def _display_matrix(frame: "VideoFrame") -> tuple[int, int, int, int]:
@@ -434,11 +438,11 @@ def _frame_numbers(image: Image.Image) -> list[int]:
 # Writing
 
 _ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    # As good as the original to the eye. Few frames ahead, so that large ones take little memory.
-    ".mp4": ("libx264", {"crf": "12", "preset": "fast", "rc-lookahead": "10"}),
+    # As good as the original to the eye. No frame waits for later ones: of large frames that took 100 MB.
+    ".mp4": ("libx264", {"crf": "12", "preset": "fast", "tune": "zerolatency"}),
     ".webm": (
         "libvpx-vp9",
-        {"crf": "15", "b": "0", "deadline": "good", "cpu-used": "4", "lag-in-frames": "10"},
+        {"crf": "15", "b": "0", "deadline": "good", "cpu-used": "4", "lag-in-frames": "0"},
     ),
     ".gif": ("gif", {}),
 }
