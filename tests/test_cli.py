@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from diffusers_far import FARVideoPipeline, cli
+from diffusers_far import ContextSchedule, FARVideoPipeline, cli
 from diffusers_far.video_files import VideoFile, VideoWriter, read_video, save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
@@ -220,6 +221,56 @@ def test_a_result_is_the_same_as_in_python(checkpoint: str, video: str, tmp_path
     assert np.abs(squares[0] / 255 - squares[1]).mean() < 0.3 * squares[1].std()  # 1.1 for another seed
 
 
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ([], ContextSchedule()),
+        (["--max-short-frames", "all"], ContextSchedule(max_short_frames=None)),
+        (["--max-short-frames", 3, "--max-long-frames", 0], ContextSchedule(3, 0)),
+        (
+            ["--num-sink-frames", 2, "--refresh-interval", 0],
+            ContextSchedule(num_sink_frames=2, refresh_interval=None),
+        ),
+    ],
+)
+def test_the_context_is_that_of_python(
+    options: list[object],
+    schedule: ContextSchedule,
+    checkpoint: str,
+    video: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    stream = FARVideoPipeline.stream
+
+    def noted(self: FARVideoPipeline, **arguments: Any) -> Any:
+        given.append(arguments["context_schedule"])
+        return stream(self, **arguments)
+
+    monkeypatch.setattr(FARVideoPipeline, "stream", noted)
+    output = ["--num-frames", 7, "--output", tmp_path / "longer.mp4"]
+    result = run("continue", video, "--checkpoint", checkpoint, *output, *options)
+    assert result.exit_code == 0, result.output
+    assert given == [schedule]
+    assert run("continue", video, "--max-short-frames", "some").exit_code == 2
+
+
+def test_the_newest_frames_are_those_that_the_model_sees(tmp_path: Path) -> None:
+    """A model that was trained with 4 frames: the result is as if only the last 4 had been given."""
+    pipe = pipeline(transformer(), num_inference_steps=1, num_training_frames=4)
+    pipe.save_pretrained(tmp_path / "model")
+    frames = np.random.default_rng(1).integers(0, 255, (11, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    save_video(frames, tmp_path / "walk.gif", 10)
+    made = []
+    for options in (["--num-frames", 12], ["--num-context", 4, "--num-frames", 5]):
+        output = tmp_path / "longer.gif"
+        paths = [tmp_path / "walk.gif", "--checkpoint", tmp_path / "model", "--output", output]
+        assert run("continue", *paths, *options).exit_code == 0
+        made.append(read_video(output)[-1])
+    assert np.array_equal(made[0], made[1])
+
+
 def test_progress_in_a_log_is_short(checkpoint: str, tmp_path: Path) -> None:
     options = ["--checkpoint", checkpoint, "--num-frames", "40", "--output", str(tmp_path / "far.mp4")]
     command = [sys.executable, "-m", "diffusers_far.cli", "generate", *options]
@@ -229,8 +280,9 @@ def test_progress_in_a_log_is_short(checkpoint: str, tmp_path: Path) -> None:
     assert lines[-1].startswith("40 of 40 new frames") and len(lines) <= 10
 
 
-def test_the_end_of_a_long_video_takes_little_memory(checkpoint: str, tmp_path: Path) -> None:
-    """Beyond what a short one takes: less than 30 of its 300 frames."""
+@pytest.mark.parametrize("num_context", [4, 300])
+def test_a_long_video_takes_little_memory(num_context: int, checkpoint: str, tmp_path: Path) -> None:
+    """Beyond what a short one takes: less than 30 of its 300 frames, be they seen by the model or not."""
     frame = np.zeros((480, 640, 3), np.uint8)
     peaks = []
     for number in (8, 300):
@@ -238,7 +290,7 @@ def test_the_end_of_a_long_video_takes_little_memory(checkpoint: str, tmp_path: 
             for index in range(number):
                 video.write(np.roll(frame + np.uint8(index % 256), index, axis=1))
         options = ["continue", str(tmp_path / f"{number}.mp4"), "--checkpoint", checkpoint]
-        options += ["--num-context", "4", "--num-frames", "5", "--output", str(tmp_path / "longer.mp4")]
+        options += ["--num-context", str(num_context), "--output", str(tmp_path / "longer.mp4")]
         code = (
             "import resource, sys; from diffusers_far.cli import main\n"
             "try: main(sys.argv[1:])\n"

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,20 @@ FRAME_RATE = 10  # of videos made from nothing, and where a file does not say
 DTYPES = ("float32", "bfloat16", "float16")
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+KEPT = "Of the context: a number, all, or as many as the model was trained with."
 VARIANT = click.option("--variant", help="Of the weights' files, such as fp16.")
 DEVICE = click.option("--device", help="Default: a GPU if there is one.")
+
+
+class FrameCount(click.ParamType):  # type: ignore[type-arg] # generic only in newer releases
+    """What `ContextSchedule` takes: a number, "trained", or None, which is written "all"."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("trained", "all", None):
+            return "trained" if value == "trained" else None
+        return click.INT.convert(value, param, ctx)
 
 
 class Command(click.Command):
@@ -74,8 +85,10 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--guidance-scale", type=float, default=1.0, show_default=True),
         click.option("--num-inference-steps", type=int, help="Per frame; default: the checkpoint's."),
         click.option("--flex-rope-slope", type=float, help="Default: the checkpoint's."),
-        click.option("--max-short-frames", type=int, help="Of the context; default: as many as in training."),
-        click.option("--max-long-frames", type=int, help="Of the context; default: as many as in training."),
+        click.option(
+            "--max-short-frames", type=FrameCount(), default="trained", show_default=True, help=KEPT
+        ),
+        click.option("--max-long-frames", type=FrameCount(), default="trained", show_default=True, help=KEPT),
         click.option("--num-sink-frames", type=int, default=0, show_default=True),
         click.option("--refresh-interval", type=int, default=1, show_default=True, help="0: never."),
         click.option("--height", type=int, help="Of new frames, in pixels; default: the checkpoint's."),
@@ -143,8 +156,8 @@ def make_video(
     variant: str | None,
     height: int | None,
     width: int | None,
-    max_short_frames: int | None,
-    max_long_frames: int | None,
+    max_short_frames: Any,
+    max_long_frames: Any,
     num_sink_frames: int,
     refresh_interval: int,
     **options: Any,
@@ -176,7 +189,8 @@ def make_video(
         table = parse_actions(actions, config.action_names, num_actions, max(1, num_frames or NUM_NEW_FRAMES))
     # The default schedule keeps no more frames than these, so the model needs no others.
     num_seen = config.num_training_frames if schedule == ContextSchedule() else None
-    seen: deque[np.ndarray] = deque(maxlen=num_seen)
+    num_seen = min(num_context, num_seen or num_context)
+    seen = np.empty(0)  # the last of the given frames, in a ring
     size = (height or config.sample_size, width or config.sample_size)  # at which the model works
     keep_size = height is None and width is None
     code = 0
@@ -185,9 +199,14 @@ def make_video(
         for frame in () if file is None else file.last_frames(num_context):
             size = (size[0] or frame.shape[0], size[1] or frame.shape[1])
             check_size(*size, pipeline.frame_multiple)
-            seen.append(fit_frame(frame, *size))
-            writer.write(frame if keep_size else seen[-1])
+            if writer.num_frames == 0:
+                seen = np.empty((num_seen, *size, 3), np.uint8)
+            place = writer.num_frames % num_seen
+            seen[place] = fit_frame(frame, *size)
+            writer.write(frame if keep_size else seen[place])
         num_given = writer.num_frames
+        if num_given > num_seen:
+            seen = np.roll(seen, -(num_given % num_seen), axis=0)
         shape = frame.shape[:2] if num_given and keep_size else None
         num_new = NUM_NEW_FRAMES if num_frames is None else num_frames - num_given
         if num_new < 1:
@@ -197,7 +216,7 @@ def make_video(
         frames = pipeline.stream(
             actions=table,
             num_new_frames=num_new,
-            video=np.stack(seen) if seen else None,
+            video=seen[:num_given] if num_given else None,
             height=size[0],
             width=size[1],
             context_schedule=schedule,
