@@ -174,12 +174,7 @@ def make_video(
     if video is not None and output.exists() and output.samefile(video):
         raise ValueError(f"--output: {output} is the video to continue; take another name")
     file = None if video is None else VideoFile(video)
-    schedule = ContextSchedule(
-        "trained" if max_short_frames is None else max_short_frames,
-        "trained" if max_long_frames is None else max_long_frames,
-        num_sink_frames,
-        refresh_interval or None,
-    )
+    schedule = ContextSchedule(max_short_frames, max_long_frames, num_sink_frames, refresh_interval or None)
     pipeline = load_pipeline(checkpoint, device, dtype, variant)
     config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
     if actions is not None and num_actions is None:
