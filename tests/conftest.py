@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests. None needs the network; those that need CUDA are marked `gpu`."""
 
 import os
+import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Gradio's own default is one folder for all users of a machine, where only the first of them may write.
+_gradio_files = tempfile.TemporaryDirectory(prefix="diffusers-far-tests-")
+os.environ["GRADIO_TEMP_DIR"] = _gradio_files.name
 # Command lines under test find the package even where it is not installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
