@@ -227,6 +227,7 @@ class VideoFile:
                 for frame in self._decoded(packet, num_frames):
                     num_frames += 1
                     yield draw(frame)
+            self._check_last_packet(container)
             if num_packets < stream.frames:
                 raise self._error(f"is cut off: {num_packets} of its {stream.frames} frames are there")
             duration = _stated_duration(container)
@@ -239,6 +240,19 @@ class VideoFile:
                 warnings.warn(
                     f"{self.path}: {num_frames} of its {stream.frames} frames can be shown", stacklevel=2
                 )
+
+    def _check_last_packet(self, container: "InputContainer") -> None:
+        """A transport stream (MPEG-TS) does not state its length, but consists of packets of equal size."""
+        if container.format.name != "mpegts":
+            return
+        with open(self.path, "rb") as file:
+            begin = file.read(5 * 208)
+        for size in (188, 192, 204):  # as broadcast, of cameras, with error correction
+            first = 4 if size == 192 else 0
+            if all(begin[at] == 0x47 for at in range(first, min(len(begin), 5 * size), size)):
+                if self.path.stat().st_size % size:
+                    raise self._error("is cut off: its last packet is not whole")
+                return
 
     def _packets(self, container: "InputContainer", streams: Any) -> Iterator["Packet[Any]"]:
         import av
@@ -315,6 +329,7 @@ class VideoFile:
                     for packet in self._packets(container, stream)
                     if packet.size
                 ]
+                self._check_last_packet(container)
             times = sorted(time for time, _ in packets if time is not None)
             if len(times) < len(packets):
                 return None
