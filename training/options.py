@@ -195,6 +195,11 @@ class AutoencoderOptions(RunOptions):
         2, "it judges patches of 16 pixels with 1, 34 with 2, 70 with 3"
     )
     latent_noise: NotNegative = option(0.0, "on what the decoder sees, in deviations of the batch's latents")
+    equivariance_probability: Probability = option(
+        0.0,
+        "chance of a batch whose latents are mirrored or made smaller and then decoded, to frames of the same "
+        "change (EQ-VAE, arXiv 2502.09509): such latents are easier to predict",
+    )
     num_validation_frames: Count = option(512, "frames of one validation")
     num_scaling_frames: Count = option(4096, "training frames behind scaling_factor")
 

@@ -21,12 +21,13 @@ import hashlib
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
+from torch.nn import functional
 
 from evaluation.lpips import LPIPS
 from evaluation.metrics import psnr, sharpness
@@ -34,6 +35,22 @@ from training.clips import list_episodes, load_frames
 from training.options import AutoencoderOptions, parse, script
 from training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
 from training.run import Run
+
+
+class Transform(NamedTuple):
+    """A mirror image at a smaller size, of frames or of their latents alike."""
+
+    height: int  # of the latent grid
+    width: int
+    mirrored: bool
+
+    def __call__(self, images: Tensor, factor: int = 1) -> Tensor:
+        """Images `[B, C, H, W]`, of `factor` pixels for one of the latent grid, per side."""
+        images = images.flip(-1) if self.mirrored else images
+        size = (factor * self.height, factor * self.width)
+        if images.shape[-2:] == size:
+            return images
+        return functional.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 class Reconstruction(nn.Module):
@@ -44,9 +61,13 @@ class Reconstruction(nn.Module):
         self.autoencoder = autoencoder
         self.latent_noise = latent_noise
 
-    def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Frames [B, 3, H, W] in [-1, 1] to their reconstructions."""
+    def forward(
+        self, frames: Tensor, generator: torch.Generator | None = None, transform: Transform | None = None
+    ) -> Tensor:
+        """Frames [B, 3, H, W] in [-1, 1] to their reconstructions, or those of the transformed latents."""
         latents = self.autoencoder.encode(frames).latent  # [B, C, h, w]
+        if transform is not None:
+            latents = transform(latents)
         if self.latent_noise:
             # The deviation is a constant here, or the encoder would learn to drown the noise.
             deviation = latents.detach().float().std()
@@ -113,7 +134,12 @@ class AutoencoderTrainer:
         run, accelerator = self.run, self.run.accelerator
         frames = draw_batch(self.frames, self.options, index, accelerator.process_index)
         inputs = to_input(frames, accelerator.device)
-        decoded = self.model(inputs, run.generator(index))
+        factor = self.autoencoder.spatial_compression_ratio
+        grid = (inputs.shape[-2] // factor, inputs.shape[-1] // factor)
+        transform = draw_transform(grid, self.options, index, accelerator.process_index)
+        decoded = self.model(inputs, run.generator(index), transform)
+        if transform is not None:
+            inputs = transform(inputs, factor)
         loss, max_norm = self.loss(inputs, decoded), self.options.max_grad_norm
         values = run.descend(loss, self.model, self.optimizers, max_norm)
         if self.discriminator is not None:
@@ -186,6 +212,18 @@ def draw_batch(frames: np.ndarray, options: AutoencoderOptions, index: int, proc
     """Frames of one forward; drawn from the options alone, so that a resumed run goes on alike."""
     generator = np.random.default_rng((options.seed, index, process))
     return frames[np.sort(generator.integers(len(frames), size=options.batch_size))]
+
+
+def draw_transform(
+    grid: tuple[int, int], options: AutoencoderOptions, index: int, process: int
+) -> Transform | None:
+    """Of the latents of one forward: half to full size, mirrored or not; None for most batches."""
+    generator = np.random.default_rng((options.seed, index, process, 1))
+    if generator.random() >= options.equivariance_probability:
+        return None
+    scale = generator.uniform(0.5, 1)
+    height, width = (max(1, round(scale * side)) for side in grid)
+    return Transform(height, width, bool(generator.random() < 0.5))
 
 
 def spread(frames: np.ndarray, count: int) -> np.ndarray:

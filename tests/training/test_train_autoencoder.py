@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -66,6 +67,7 @@ def tiny_run(data: Path, output: Path, **changes: object) -> AutoencoderOptions:
         "warmup_steps": 2,
         "ema_decay": 0.9,
         "latent_noise": 0.05,
+        "equivariance_probability": 0.25,
     }
     return AutoencoderOptions(**{"data": str(data), "output_dir": str(output), **values, **changes})
 
@@ -100,6 +102,44 @@ def test_training_lowers_the_loss(data: Path, trained: Path, tmp_path: Path) -> 
             for model in (before, after)
         )
     assert loss_after < 0.4 * loss_before
+
+
+def test_transformed_latents_are_decoded_to_transformed_frames(data: Path, tmp_path: Path) -> None:
+    """An autoencoder that only changes the size of smooth frames makes nearly the same of both."""
+
+    class Resize(torch.nn.Module):
+        def encode(self, frames: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(latent=torch.nn.functional.avg_pool2d(frames, 2))
+
+        def decode(self, latents: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=torch.nn.functional.interpolate(latents, scale_factor=2))
+
+    frames = script.to_input(frames_of(data, "train")[:4], CPU)
+    frames = torch.nn.functional.interpolate(frames, size=8)  # no details smaller than a latent
+    frames = torch.nn.functional.interpolate(frames, size=32, mode="bilinear")
+    model = script.Reconstruction(Resize(), 0.0)
+    for mirrored in (False, True):
+        transform = script.Transform(10, 12, mirrored)
+        decoded = model(frames, None, transform)
+        assert decoded.shape == transform(frames, 2).shape == (4, 3, 20, 24)
+        error, error_of_the_other = (
+            (decoded - expected).abs().mean()
+            for expected in (transform(frames, 2), script.Transform(10, 12, not mirrored)(frames, 2))
+        )
+        assert error < 0.3 * error_of_the_other
+
+
+def test_transforms_are_drawn_as_often_as_told(data: Path, tmp_path: Path) -> None:
+    options = tiny_run(data, tmp_path, equivariance_probability=0.4)
+    drawn = [script.draw_transform((16, 8), options, index, 0) for index in range(1000)]
+    transforms = [transform for transform in drawn if transform is not None]
+    assert 350 < len(transforms) < 450
+    assert {transform.height for transform in transforms} == set(range(8, 17))
+    assert {transform.width for transform in transforms} == {4, 5, 6, 7, 8}
+    assert 150 < sum(transform.mirrored for transform in transforms) < 250
+    assert drawn[:20] == [script.draw_transform((16, 8), options, index, 0) for index in range(20)]
+    none = tiny_run(data, tmp_path, equivariance_probability=0)
+    assert not any(script.draw_transform((16, 8), none, index, 0) for index in range(100))
 
 
 def test_output_is_in_the_convention_of_the_pipeline(data: Path, trained: Path) -> None:
