@@ -197,7 +197,7 @@ class AutoencoderOptions(RunOptions):
     latent_noise: NotNegative = option(0.0, "on what the decoder sees, in deviations of the batch's latents")
     equivariance_probability: Probability = option(
         0.0,
-        "chance of a batch whose latents are mirrored or made smaller and then decoded, to frames of the same "
+        "chance of a batch whose latents are mirrored or shrunk and then decoded, to frames of the same "
         "change (EQ-VAE, arXiv 2502.09509): such latents are easier to predict",
     )
     num_validation_frames: Count = option(512, "frames of one validation")
