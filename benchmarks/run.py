@@ -10,7 +10,6 @@ RESULTS.md. Speed-ups hold for the run they come from; absolute times also hang 
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from machine import bandwidth_gb, matmul_gflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
+from diffusers_far.whole_files import written_whole
 from evaluation.machine import describe
 
 HERE = Path(__file__).resolve().parent
@@ -157,9 +157,8 @@ def main() -> None:
         tables.append("\n".join(f"- {name}: {shown(value)}" for name, value in played.items()))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for ending, text in ((".json", json.dumps(results, indent=2)), (".md", "\n\n".join(tables))):
-        partial = arguments.output.with_suffix(ending + ".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, arguments.output.with_suffix(ending))
+        with written_whole(arguments.output.with_suffix(ending)) as partial:
+            partial.write_text(text + "\n")
 
 
 if __name__ == "__main__":

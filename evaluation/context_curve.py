@@ -24,7 +24,6 @@ fastest on two cores: `OMP_NUM_THREADS=1`, one with `--parts curve`, one with `-
 import argparse
 import datetime
 import json
-import os
 import shlex
 import sys
 import time
@@ -43,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 from data.doom_maze_files import revisited_frames
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
 from diffusers_far.video_files import read_video
+from diffusers_far.whole_files import written_whole
 from evaluation.lpips import LPIPS
 from evaluation.machine import describe
 from evaluation.memory_loss import change_long_frames, memory_loss
@@ -397,7 +397,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Plot the curve and the rollout; written beside `path` and renamed."""
+    """Plot the curve and the rollout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -432,10 +432,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[3].set_ylim(bottom=0)
         axes[3].legend()
     figure.tight_layout()
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
     pyplot.close(figure)
-    os.replace(partial, path)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -526,9 +525,8 @@ def main() -> None:
         results["seconds"] = round(time.perf_counter() - began, 1)
         results["processor_seconds"] = round(time.process_time(), 1)  # holds on a busy machine, too
         if options.output is not None:  # after every part: the next one takes minutes
-            partial = options.output.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=2) + "\n")
-            os.replace(partial, options.output)
+            with written_whole(options.output) as partial:
+                partial.write_text(json.dumps(results, indent=2) + "\n")
     print(tables(results))
     spent = f"{results['seconds']:.0f} s, {results['processor_seconds']:.0f} s of processors"
     print(f"\n{results['cpu']}, {results['threads']} threads: {spent}")

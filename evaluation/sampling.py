@@ -11,7 +11,6 @@ mean velocities (`use_meanflow`) only knows Euler steps.
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from diffusers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far.whole_files import written_whole
 from evaluation.lpips import LPIPS
 from evaluation.metrics import psnr, sharpness
 from evaluation.world_model import decode, encode, load_clips, perceptual_distance, predict
@@ -109,9 +109,8 @@ def main() -> None:
         cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
         print("| " + " | ".join(cells) + " |", flush=True)
     if arguments.output is not None:
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=2) + "\n")
-        os.replace(partial, arguments.output)
+        with written_whole(arguments.output) as partial:
+            partial.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ metadata; `actions[t]` led to frame t). Measured, per frame on [0, 1] and averag
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far import FARVideoPipeline
 from diffusers_far.video_files import read_video
+from diffusers_far.whole_files import written_whole
 from evaluation.lpips import LPIPS
 from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
 
@@ -204,9 +204,8 @@ def main() -> None:
     text = json.dumps(results, indent=2)
     print(text)
     if arguments.output is not None:
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, arguments.output)
+        with written_whole(arguments.output) as partial:
+            partial.write_text(text + "\n")
 
 
 if __name__ == "__main__":

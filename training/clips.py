@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusers_far import read_video
+from diffusers_far.whole_files import written_whole
 
 VIDEO_ENDINGS = "avi|flv|gif|m4v|mkv|mov|mp4|mpeg|mpg|ts|webm|wmv"
 AUTOENCODER_KEY = "autoencoder_sha256"  # in the metadata of a file of latents
@@ -147,12 +148,8 @@ def load_frames(videos: Sequence[Path], cache_dir: str | Path) -> np.ndarray:
     if not cache.exists():
         logger.info("decoding %d videos into %s", len(videos), cache)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with written_whole(cache) as partial:
             _decode_into(partial, videos)
-            partial.replace(cache)
-        finally:
-            partial.unlink(missing_ok=True)
     return np.load(cache, mmap_mode="r")
 
 

@@ -11,7 +11,6 @@ video or actions have changed are made anew. A folder with latents of another au
 
 import hashlib
 import logging
-import os
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusers_far import read_video
+from diffusers_far.whole_files import written_whole
 from training.clips import AUTOENCODER_KEY, Episode, list_episodes
 from training.options import Count, check_ranges, option, parse, script
 
@@ -129,9 +129,8 @@ def encode_episode(
         tensors["class_label"] = torch.tensor(episode.class_label, dtype=torch.int64)
     tensors["latents"] = encode_video(autoencoder, frames, batch_size)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")  # two runs do not write into one another
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(file)
+    with written_whole(file) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def encode_split(

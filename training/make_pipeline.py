@@ -6,8 +6,6 @@
 The folder is what `FARVideoPipeline.from_pretrained` loads; it appears when it is complete.
 """
 
-import os
-import shutil
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
+from diffusers_far.whole_files import written_whole
 from training.options import Count, NotNegative, check_ranges, option, parse, script
 
 
@@ -66,13 +65,10 @@ def main(command_line: list[str]) -> None:
         num_training_frames=options.num_training_frames,
         action_names=options.action_names,
     ).to(getattr(torch, options.dtype))
-    output = Path(options.output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    for file in partial.rglob("*"):  # safetensors makes its files private
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    os.replace(partial, output)
+    with written_whole(Path(options.output)) as partial:
+        pipeline.save_pretrained(partial)
+        for file in partial.rglob("*"):  # safetensors makes its files private
+            file.chmod(0o755 if file.is_dir() else 0o644)
 
 
 if __name__ == "__main__":

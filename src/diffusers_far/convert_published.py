@@ -1,7 +1,6 @@
 """Convert published FAR checkpoints to a pipeline folder, and back."""
 
 import inspect
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +23,7 @@ from .single_file import (
     read_json_object,
 )
 from .transformer_far import FARTransformer3DModel
+from .whole_files import written_whole
 
 
 def read_autoencoder_config(file: Path) -> dict[str, Any]:
@@ -80,11 +80,8 @@ def convert(
         num_training_frames=num_training_frames,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        pipeline.save_pretrained(Path(temporary) / "pipeline")
-        if output.is_dir():
-            output.rmdir()  # empty, and in the way of a rename on Windows
-        (Path(temporary) / "pipeline").rename(output)
+    with written_whole(output) as partial:
+        pipeline.save_pretrained(partial)
     return pipeline
 
 
@@ -119,18 +116,14 @@ def load_component(model_class: type[Model], folder: Path) -> Model:
 
 def write_checkpoints(files: Mapping[Path, dict[str, Tensor]]) -> None:
     """Write all files, or none: each beside its place first."""
-    with ExitStack() as stack:
-        written = {}
+    with ExitStack() as stack:  # renames when all are written
         for file, tensors in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".convert-", dir=file.parent))
-            written[file] = Path(folder) / file.name
+            partial = stack.enter_context(written_whole(file))
             if file.suffix == ".safetensors":
-                safetensors.torch.save_file(tensors, written[file])
+                safetensors.torch.save_file(tensors, partial)
             else:
-                torch.save(tensors, written[file])
-        for file, temporary in written.items():
-            temporary.rename(file)
+                torch.save(tensors, partial)
 
 
 def convert_files(
