@@ -9,21 +9,22 @@ import numpy as np
 
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
-from .continue_video import (
-    FRAMES_PER_SECOND,
+from .fields import (
     MAX_NEW_FRAMES,
+    MAX_SEED,
     action_table,
-    enlarged,
+    check_work,
+    example_actions,
     game_settings,
-    job,
     known_actions,
+    new_frames_field,
     sampling_fields,
+    whole_number,
 )
-from .fields import MAX_SEED, SliderField, check_work, whole_number
-from .play import picture
+from .pictures import FRAMES_PER_SECOND, enlarged, picture
 from .players import Game, GameSettings, Players, VisitorError
 from .starts import Start
-from .visitors import Visitors
+from .visitors import Visitors, job
 
 DEFAULT_SLOPE = 0.05
 GAP = 8  # pixels between the pictures of the mp4
@@ -49,7 +50,7 @@ def compare_tab(
 ) -> None:
     """Components and events of the tab."""
     config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
-    names, is_long = config.action_names, pipeline.transformer.is_long
+    is_long = pipeline.transformer.is_long
     with gr.Row():
         start = gr.Dropdown(
             [(f"Real frames {number + 1}", number) for number in range(len(starts))] + [("Nothing", -1)],
@@ -58,20 +59,12 @@ def compare_tab(
             info="The frames that all four videos begin with.",
         )
         actions = gr.Textbox(
-            value=f"{names[1]}*16 {names[2]}*6 {names[1]}" if names and len(names) > 2 else "0",
+            value=example_actions(config.action_names, 16, 6),
             label="Actions; the last one goes on",
             info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
             visible=num_actions is not None,
         )
-        num_new = SliderField(
-            1,
-            MAX_NEW_FRAMES,
-            32,
-            step=1,
-            label="New frames",
-            info=f"How many frames the model adds; {FRAMES_PER_SECOND} are a second.",
-            elem_id="compare-new",
-        )
+        num_new = new_frames_field("compare-new")
     with gr.Row():
         steps, slope, seed = sampling_fields(pipeline, DEFAULT_SLOPE)
     button = gr.Button("Compare", variant="primary", elem_id="compare-run")

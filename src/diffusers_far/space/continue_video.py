@@ -1,7 +1,6 @@
 """The tab in which visitors have their own video continued."""
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,27 @@ import gradio as gr
 import numpy as np
 
 from ..demo import side_by_side
-from ..inputs import parse_actions
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
 from .fields import (
+    MAX_NEW_FRAMES,
     MAX_SEED,
-    MAX_SLOPE,
-    MAX_STEPS,
-    NumberField,
     SliderField,
+    action_table,
     check_work,
-    number,
+    example_actions,
+    game_settings,
+    known_actions,
+    new_frames_field,
+    sampling_fields,
     whole_number,
 )
-from .players import Game, GameSettings, Players, VisitorError
+from .pictures import FRAMES_PER_SECOND, enlarged
+from .players import Game, Players, VisitorError
 from .uploads import FITS, MAX_UPLOAD_FRAMES, MAX_UPLOAD_MB, read_upload
-from .visitors import UnreadError, Visitors
+from .visitors import Visitors, job
 
-MAX_NEW_FRAMES = 200
 MAX_CONTEXT_FRAMES = 64
-FRAMES_PER_SECOND = 10
 
 
 def continue_tab(
@@ -57,17 +57,9 @@ def continue_tab(
                 label="Frames of the video that the model sees, at most",
                 info="More of them tell the model more of the place, and cost more time.",
             )
-            num_new = SliderField(
-                1,
-                MAX_NEW_FRAMES,
-                32,
-                step=1,
-                label="New frames",
-                info=f"How many frames the model adds; {FRAMES_PER_SECOND} are a second.",
-                elem_id="continue-new",
-            )
+            num_new = new_frames_field("continue-new")
             actions = gr.Textbox(
-                value=example_actions(config.action_names),
+                value=example_actions(config.action_names, 8, 4),
                 label="Actions of the new frames; the last one goes on",
                 info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
                 visible=num_actions is not None,
@@ -88,77 +80,6 @@ def continue_tab(
 
     inputs = [file, fit, num_context, num_new, actions, steps, slope, seed]
     button.click(run, inputs, [frame, status, video])
-
-
-def job(visitors: Visitors, request: gr.Request, work: Callable[[Path], Iterator[Any]]) -> Iterator[Any]:
-    """What the work makes, as long as the visitor reads it, in a folder that is gone afterwards."""
-    page, address = request.session_hash or "", request.client.host if request.client else ""
-    try:
-        with (
-            visitors.job(page, address) as check,
-            tempfile.TemporaryDirectory(prefix="diffusers-far-") as folder,
-        ):
-            for made in work(Path(folder)):
-                yield made
-                check()
-    except UnreadError:
-        return
-    except FloatingPointError as error:
-        text = "No picture came out with these settings: choose a smaller slope."
-        raise gr.Error(text, print_exception=False) from error
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-
-
-def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[SliderField, SliderField, NumberField]:
-    """What the tabs have in common: denoising steps, slope and seed."""
-    return (
-        SliderField(
-            1,
-            MAX_STEPS,
-            pipeline.config.num_inference_steps,
-            step=1,
-            label="Denoising steps",
-            info="More steps make a frame a little better and take longer.",
-        ),
-        SliderField(
-            0,
-            0.3,
-            slope,
-            step=0.01,
-            label="FlexRoPE slope",
-            info="How fast the model forgets older frames; 0 is not at all.",
-        ),
-        NumberField(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same video."),
-    )
-
-
-def game_settings(pipeline: FARVideoPipeline, steps: Any, slope: Any) -> GameSettings:
-    """Settings of the fields that the tabs have in common."""
-    config = pipeline.config
-    return GameSettings(
-        whole_number("Denoising steps", steps, config.num_inference_steps, 1, MAX_STEPS),
-        flex_rope_slope=number("FlexRoPE slope", slope, config.flex_rope_slope, 0, MAX_SLOPE),
-    )
-
-
-def known_actions(pipeline: FARVideoPipeline) -> str:
-    """The actions of a model, by name or number."""
-    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
-    return ", ".join(names) if names else f"0 to {(num_actions or 1) - 1}"
-
-
-def example_actions(names: list[str] | None) -> str:
-    """A text for the field of actions."""
-    return f"{names[1]}*8 {names[2]}*4 {names[1]}" if names and len(names) > 2 else "0"
-
-
-def action_table(pipeline: FARVideoPipeline, script: str | None, num_frames: int) -> list[int | None]:
-    """The actions of the field, one per frame."""
-    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
-    if num_actions is None:
-        return [None] * num_frames
-    return [*parse_actions(script or "", names, num_actions, num_frames)]
 
 
 def continue_video(
@@ -204,8 +125,3 @@ def continue_video(
     save_video(side_by_side(left, shown, num_context), path, FRAMES_PER_SECOND)
     compared = f", the first {len(truth)} beside the truth" if len(truth) else ""
     yield enlarged(made[-1]), f"{num_new} frames after {num_context} of the video{compared}", str(path)
-
-
-def enlarged(image: np.ndarray, zoom: int = 4) -> np.ndarray:
-    """`[H, W, 3]` with every pixel a square of `zoom` pixels."""
-    return image.repeat(zoom, axis=0).repeat(zoom, axis=1)

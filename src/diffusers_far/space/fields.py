@@ -5,8 +5,12 @@ from typing import Any
 
 import gradio as gr
 
-from .players import VisitorError
+from ..inputs import parse_actions
+from ..pipeline_far_video import FARVideoPipeline
+from .pictures import FRAMES_PER_SECOND
+from .players import GameSettings, VisitorError
 
+MAX_NEW_FRAMES = 200
 MAX_STEPS = 64
 MAX_GUIDANCE = 20.0
 MAX_SLOPE = 1.0
@@ -74,3 +78,67 @@ def shown(value: Any, length: int = 40) -> str:
         return "a number of more than " + str(length) + " digits"
     text = repr(value)
     return text if len(text) <= length else text[:length] + "..."
+
+
+def new_frames_field(elem_id: str) -> SliderField:
+    """How long a video to make."""
+    return SliderField(
+        1,
+        MAX_NEW_FRAMES,
+        32,
+        step=1,
+        label="New frames",
+        info=f"How many frames the model adds; {FRAMES_PER_SECOND} are a second.",
+        elem_id=elem_id,
+    )
+
+
+def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[SliderField, SliderField, NumberField]:
+    """What the tabs have in common: denoising steps, slope and seed."""
+    return (
+        SliderField(
+            1,
+            MAX_STEPS,
+            pipeline.config.num_inference_steps,
+            step=1,
+            label="Denoising steps",
+            info="More steps make a frame a little better and take longer.",
+        ),
+        SliderField(
+            0,
+            0.3,
+            slope,
+            step=0.01,
+            label="FlexRoPE slope",
+            info="How fast the model forgets older frames; 0 is not at all.",
+        ),
+        NumberField(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same video."),
+    )
+
+
+def game_settings(pipeline: FARVideoPipeline, steps: Any, slope: Any) -> GameSettings:
+    """Settings of the fields that the tabs have in common."""
+    config = pipeline.config
+    return GameSettings(
+        whole_number("Denoising steps", steps, config.num_inference_steps, 1, MAX_STEPS),
+        flex_rope_slope=number("FlexRoPE slope", slope, config.flex_rope_slope, 0, MAX_SLOPE),
+    )
+
+
+def known_actions(pipeline: FARVideoPipeline) -> str:
+    """The actions of a model, by name or number."""
+    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
+    return ", ".join(names) if names else f"0 to {(num_actions or 1) - 1}"
+
+
+def example_actions(names: list[str] | None, first: int, second: int) -> str:
+    """A text for the field of actions: so many frames of one, and then of another."""
+    return f"{names[1]}*{first} {names[2]}*{second} {names[1]}" if names and len(names) > 2 else "0"
+
+
+def action_table(pipeline: FARVideoPipeline, script: str | None, num_frames: int) -> list[int | None]:
+    """The actions of the field, one per frame."""
+    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
+    if num_actions is None:
+        return [None] * num_frames
+    return [*parse_actions(script or "", names, num_actions, num_frames)]

@@ -1,7 +1,5 @@
 """The tab in which visitors play: a page that asks for a frame as soon as the last one came."""
 
-import base64
-import io
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,18 +8,17 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from diffusers.utils import export_to_video
 from fastapi import HTTPException
-from PIL import Image
 
 from ..pipeline_far_video import FARVideoPipeline
+from ..video_files import save_video
 from .fields import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
+from .pictures import FRAMES_PER_SECOND, data_url, enlarged, picture
 from .players import Game, GameFrame, GameSettings, Players, VisitorError
 from .starts import Start
 from .uploads import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image
 
 HERE = Path(__file__).parent
-FRAMES_PER_SECOND = 10
 
 Message = dict[str, Any]
 
@@ -130,8 +127,7 @@ class PlayServer:
             raise VisitorError("There is nothing to save yet: the game has no frame.")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "play.mp4"
-            large = [frame.repeat(4, axis=0).repeat(4, axis=1) / 255 for frame in frames]
-            export_to_video(large, str(path), fps=FRAMES_PER_SECOND, quality=8.0, macro_block_size=2)
+            save_video(map(enlarged, frames), path, FRAMES_PER_SECOND)
             return {"video": data_url(path.read_bytes(), "video/mp4")}
 
     def leave(self, message: Message) -> Message:
@@ -179,15 +175,3 @@ def reply(frame: GameFrame) -> Message:
         "milliseconds": frame.milliseconds,
         "megabytes": frame.cache_megabytes,
     }
-
-
-def picture(image: np.ndarray) -> str:
-    """Data URL of `[H, W, 3]` uint8 pixels."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=92)
-    return data_url(file.getvalue(), "image/jpeg")
-
-
-def data_url(content: bytes, kind: str) -> str:
-    """`data:` URL of a file."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

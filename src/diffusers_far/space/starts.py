@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ..inputs import fit_frame
 from ..video_files import read_video
-from .uploads import fit_frame
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def fit_starts(starts: list[Start], size: tuple[int, int], num_actions: int | No
     """
     fitted = []
     for start in starts:
-        frames = [fit_frame(Image.fromarray(frame), *size, "crop to fill") for frame in start.frames]
+        frames = [fit_frame(frame, *size) for frame in start.frames]
         known = num_actions is not None and start.actions is not None
         known = known and all(0 <= action < (num_actions or 0) for action in start.actions or [])
         fitted.append(Start(np.stack(frames), start.actions if known else None))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.video_processor import VideoProcessor
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..video_files import iterate_video, stated_size
+from ..inputs import fit_frame
+from ..video_files import iterate_video, rgb_pixels, stated_size
 from .players import VisitorError
 
 MAX_UPLOAD_MB = 20
@@ -56,7 +57,7 @@ def read_image(url: object, height: int, width: int) -> np.ndarray:
         file = io.BytesIO(base64.b64decode(encoded, validate=True))
     except binascii.Error as error:
         raise VisitorError(NO_IMAGE) from error
-    return fit_frame(open_image(file), height, width, "crop to fill")
+    return fit_frame(np.asarray(open_image(file)), height, width)
 
 
 def open_image(file: io.BytesIO | Path) -> Image.Image:
@@ -69,10 +70,7 @@ def open_image(file: io.BytesIO | Path) -> Image.Image:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             check_sides(image.width, image.height, MAX_IMAGE_PIXELS)
             image.draft("RGB", (1024, 1024))  # a JPEG is decoded in a lower resolution, if it has so much
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+            return Image.fromarray(rgb_pixels(image))
     except VisitorError:
         raise
     except Image.DecompressionBombError as error:
@@ -100,12 +98,17 @@ def read_upload(path: str | Path, height: int, width: int, fit: str) -> np.ndarr
     if megabytes > MAX_UPLOAD_MB:
         raise VisitorError(f"The file has {megabytes:.1f} MB: at most {MAX_UPLOAD_MB} MB.")
     check_sides(*video_size(path), MAX_UPLOAD_PIXELS)
+    processor = VideoProcessor(vae_scale_factor=1)
     frames: list[np.ndarray] = []
     for frame in _readable(path):
         check_sides(frame.shape[1], frame.shape[0], MAX_UPLOAD_PIXELS)  # it may change on the way
         if len(frames) == MAX_UPLOAD_FRAMES:
             raise VisitorError(f"The video is too long: at most {MAX_UPLOAD_FRAMES} frames.")
-        frames.append(fit_frame(Image.fromarray(frame), height, width, fit))
+        if FITS[fit] == "crop":  # before it is resized, so that nothing grows large
+            frames.append(fit_frame(frame, height, width))
+        else:
+            resized = processor.resize(Image.fromarray(frame), height, width, resize_mode=FITS[fit])
+            frames.append(np.asarray(resized))
     return np.stack(frames)
 
 
@@ -140,14 +143,6 @@ def check_sides(width: int, height: int, max_pixels: int) -> None:
             f"The picture has {width} x {height} pixels: at most {max_pixels / 10**6:.3g} million, and "
             f"{MAX_SIDE} on a side."
         )
-
-
-def fit_frame(image: Image.Image, height: int, width: int, fit: str) -> np.ndarray:
-    """`[height, width, 3]` uint8 of a picture; cropped before it is resized, so that nothing grows large."""
-    if FITS[fit] == "crop":
-        return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    processor = VideoProcessor(vae_scale_factor=1)
-    return np.array(processor.resize(image, height, width, resize_mode=FITS[fit]))
 
 
 def _readable(path: str | Path) -> Iterator[np.ndarray]:

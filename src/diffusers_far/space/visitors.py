@@ -5,14 +5,17 @@ nobody reads is dropped, so that jobs cannot be piled up.
 """
 
 import json
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import gradio as gr
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -105,6 +108,26 @@ class Visitors:
 
     def _is_read(self, page: str) -> bool:
         return not self.is_watched or page in self._readers
+
+
+def job(visitors: Visitors, request: gr.Request, work: Callable[[Path], Iterator[Any]]) -> Iterator[Any]:
+    """What the work makes, as long as the visitor reads it, in a folder that is gone afterwards."""
+    page, address = request.session_hash or "", request.client.host if request.client else ""
+    try:
+        with (
+            visitors.job(page, address) as check,
+            tempfile.TemporaryDirectory(prefix="diffusers-far-") as folder,
+        ):
+            for made in work(Path(folder)):
+                yield made
+                check()
+    except UnreadError:
+        return
+    except FloatingPointError as error:
+        text = "No picture came out with these settings: choose a smaller slope."
+        raise gr.Error(text, print_exception=False) from error
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 class Gate:
