@@ -137,6 +137,35 @@ def figures(quality: Tensor, distance: Tensor, revisits: Tensor | None = None) -
     return row | {"psnr_by_clip": [round(value, 3) for value in by_clip.tolist()]}
 
 
+def predict_after(
+    pipeline: FARVideoPipeline,
+    latents: Tensor,
+    actions: Tensor,
+    num_observed: int,
+    mode: str,
+    generator: torch.Generator,
+    options: argparse.Namespace,
+) -> Tensor:
+    """What comes after the first `num_observed` frames, in a context of one of the kinds in `SCHEDULES`.
+
+    Args:
+        latents, actions: of clips, `[N, T, C, h, w]` and `[N, T]`, the frames to predict included.
+        generator: of the shuffling.
+    """
+    if mode in ("shuffled", "other"):
+        window = pipeline.transformer.short_window
+        num_long = max(0, num_observed - (window - 1))  # the frame to come is one of the window
+        latents, actions = change_long_frames(latents, actions, num_long, mode, generator)
+    return predict(
+        pipeline,
+        latents[:, :num_observed],
+        actions,
+        options.batch_size,
+        options.seed,
+        context_schedule=SCHEDULES[mode],
+    )
+
+
 def measure_curve(
     pipeline: FARVideoPipeline, episodes: list[Episode], measure: Measure, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -171,18 +200,9 @@ def measure_curve(
         for observed in contexts.get(mode, options.changed_contexts):
             began = time.perf_counter()
             clip = slice(longest - observed, None)
-            given, labels = latents[:, clip], actions[:, clip]
-            num_long = max(0, observed - (window - 1))  # the frame to come is one of the window
-            if mode in ("shuffled", "other"):
-                generator = torch.Generator().manual_seed(options.seed)
-                given, labels = change_long_frames(given, labels, num_long, mode, generator)
-            made = predict(
-                pipeline,
-                given[:, :observed],
-                labels,
-                options.batch_size,
-                options.seed,
-                context_schedule=SCHEDULES[mode],
+            generator = torch.Generator().manual_seed(options.seed)
+            made = predict_after(
+                pipeline, latents[:, clip], actions[:, clip], observed, mode, generator, options
             )
             row = {"mode": mode, "observed": window - 1 if mode == "window" else observed}
             row |= figures(*measure(made, truth), revisits)
@@ -200,7 +220,6 @@ def measure_scripted(
     pipeline: FARVideoPipeline, episodes: list[Episode], measure: Measure, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Part `scripted`: rows by script and mode."""
-    window = pipeline.transformer.short_window
     groups: dict[str, dict[int, list[Episode]]] = defaultdict(lambda: defaultdict(list))
     for episode in episodes:
         name, back = (episode.metadata.get(key) for key in ("script", "return_frame"))
@@ -220,17 +239,7 @@ def measure_scripted(
                     torch.stack([getattr(walk, name)[: back + TARGETS] for walk in walks])
                     for name in ("latents", "actions", "frames")
                 )
-                if mode == "shuffled":
-                    num_long = max(0, back - (window - 1))
-                    latents, actions = change_long_frames(latents, actions, num_long, mode, generator)
-                made = predict(
-                    pipeline,
-                    latents[:, :back],
-                    actions,
-                    options.batch_size,
-                    options.seed,
-                    context_schedule=SCHEDULES[mode],
-                )
+                made = predict_after(pipeline, latents, actions, back, mode, generator, options)
                 scores.append(measure(made, frames[:, back:].float() / 255))
             quality, distance = (torch.cat(part) for part in zip(*scores, strict=True))
             returns = sorted(back for back, walks in by_return.items() for _ in walks)
