@@ -2,10 +2,11 @@
 
 import os
 
-from diffusers_far.space.app import CHECKPOINT, launch
+from diffusers_far.shipped import ANY_STEP_CHECKPOINT
+from diffusers_far.space.app import launch
 
 if __name__ == "__main__":
     launch(
-        checkpoint=os.environ.get("FAR_CHECKPOINT", CHECKPOINT),
+        checkpoint=os.environ.get("FAR_CHECKPOINT", ANY_STEP_CHECKPOINT),
         host="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1",
     )

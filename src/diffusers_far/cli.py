@@ -10,12 +10,11 @@ import click
 
 from . import __version__
 from .presets import PRESETS
+from .shipped import ANY_STEP_CHECKPOINT, CHECKPOINT, EPISODES, find, locate
 
 if TYPE_CHECKING:
     import numpy as np
 
-CHECKPOINT = "checkpoints/far-doom-maze-64"
-EPISODES = "data/samples/doom-maze-64/validation"
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 NUM_NEW_FRAMES = 32
 MAX_GIVEN_FRAMES = 600
@@ -302,19 +301,6 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: {device} cannot be used here: {reason}") from error
 
 
-def locate(checkpoint: str) -> str | Path:
-    """A folder as given or, for the shipped models, in the checkout; else a repo id."""
-    shipped = Path(__file__).resolve().parents[2] / checkpoint
-    if Path(checkpoint).exists() or not shipped.exists():
-        looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
-        if looks_local and not Path(checkpoint).exists():
-            raise ValueError(
-                f"--checkpoint: {checkpoint} is neither a folder nor a repo id such as name/model"
-            )
-        return checkpoint
-    return shipped
-
-
 @main.command()
 @click.option("--checkpoint", default=CHECKPOINT, show_default=True, help="Of a model with actions.")
 @click.option("--episodes", default=EPISODES, show_default=True, help="Split of a videofolder with actions.")
@@ -347,7 +333,7 @@ def demo(
     """
     import torch
 
-    from .demo import find, load_episode, side_by_side
+    from .demo import load_episode, side_by_side
     from .video_files import save_video
 
     check_output_option(output)
@@ -460,7 +446,7 @@ def convert(
 
 
 @main.command()
-@click.option("--checkpoint", default="checkpoints/far-doom-maze-64-any-step", show_default=True)
+@click.option("--checkpoint", default=ANY_STEP_CHECKPOINT, show_default=True)
 @click.option("--episodes", default=EPISODES, show_default=True, help="Videofolder to start from.")
 @DEVICE
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all addresses.")

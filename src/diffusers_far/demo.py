@@ -1,4 +1,4 @@
-"""The shipped model and its held-out episodes: where they are, and truth beside prediction."""
+"""A held-out episode, and truth beside prediction."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from .video_files import read_video
-
-CHECKPOINT = "checkpoints/far-doom-maze-64"
-EPISODES = "data/samples/doom-maze-64/validation"
-
-
-def find(path: str, argument: str) -> Path:
-    """A path from the current folder, or else from the checkout that this package was installed from."""
-    candidates = [Path(path), Path(__file__).resolve().parents[2] / path]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise ValueError(
-        f"--{argument}: {path} is not there; run from a checkout of diffusers-far, or give a path"
-    )
 
 
 def load_episode(folder: Path, index: int) -> tuple[np.ndarray, list[int]]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
-from diffusers_far.demo import CHECKPOINT, EPISODES
+from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.space.app import build_app, load
 from diffusers_far.space.app import serve as serve_app
 from diffusers_far.space.players import Players

@@ -14,8 +14,8 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-from ..demo import EPISODES, find
 from ..pipeline_far_video import FARVideoPipeline
+from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, find
 from .compare import compare_tab
 from .continue_video import continue_tab
 from .play import play_tab
@@ -24,7 +24,6 @@ from .starts import Start, cut_starts, fit_starts, read_episodes
 from .uploads import MAX_UPLOAD_MB
 from .visitors import Gate, Visitors
 
-CHECKPOINT = "checkpoints/far-doom-maze-64-any-step"
 TITLE = "FAR: video, frame after frame"
 # What the shipped models were trained with, by the name of their folder or repository.
 WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
@@ -108,7 +107,7 @@ def serve(app: gr.Blocks, visitors: Visitors, **options: Any) -> str:
 
 
 def launch(
-    checkpoint: str = CHECKPOINT,
+    checkpoint: str = ANY_STEP_CHECKPOINT,
     episodes: str | None = EPISODES,
     device: str | None = None,
     host: str = "127.0.0.1",
@@ -125,7 +124,7 @@ def launch(
         port: by default the first free one from 7860 on.
         max_players: games at once.
     """
-    folder = str(find(checkpoint, "checkpoint")) if checkpoint == CHECKPOINT else checkpoint
+    folder = str(find(checkpoint, "checkpoint")) if checkpoint == ANY_STEP_CHECKPOINT else checkpoint
     stop, visitors = threading.Event(), Visitors()
     if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
