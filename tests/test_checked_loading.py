@@ -23,105 +23,87 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+Damage = Callable[[Path], Any]
 
 
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+def options(file: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Changes the options in a JSON file of a folder."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        change(content)
+        (folder / file).write_text(json.dumps(content))
+
+    return damage
 
 
-def fill(value: float) -> Callable[[torch.Tensor], None]:
-    def change(tensor: torch.Tensor) -> None:
-        tensor.view(-1)[-1] = value
+def tensors(part: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    """Changes the weights of a part of a folder."""
+
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / part / WEIGHTS)
+        change(weights)
+        save_file(weights, folder / part / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def last_value(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name].view(-1)[-1] = value
 
     return change
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a missing decoder tensor": (
-        lambda folder: edit_tensors(folder / "vae" / WEIGHTS, lambda tensors: tensors.pop(DECODER)),
-        DECODER,
-    ),
-    "an unknown tensor": (
-        lambda folder: edit_tensors(
-            folder / "vae" / WEIGHTS, lambda tensors: tensors.update(more=torch.ones(1))
-        ),
-        "unknown more",
-    ),
+def text(file: str, content: str) -> Damage:
+    return lambda folder: (folder / file).write_text(content)
+
+
+TRANSFORMER, VAE, SCHEDULER = "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+EMPTIED = '{"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1"}'
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "a missing decoder tensor": (tensors("vae", lambda w: w.pop(DECODER)), DECODER),
+    "an unknown tensor": (tensors("vae", lambda w: w.update(more=torch.ones(1))), "unknown more"),
     "a missing tensor": (
-        lambda folder: edit_tensors(
-            folder / "transformer" / WEIGHTS, lambda tensors: tensors.pop("proj_out.weight")
-        ),
+        tensors("transformer", lambda w: w.pop("proj_out.weight")),
         "missing proj_out.weight",
     ),
-    "fewer layers": (
-        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(num_layers=1)),
-        "unknown transformer_blocks.1",
-    ),
-    "more layers": (
-        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(num_layers=3)),
-        "missing transformer_blocks.2",
-    ),
-    "a lost long_patch_size": (
-        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.pop("long_patch_size")),
-        "unknown .*context",
-    ),
+    "fewer layers": (options(TRANSFORMER, lambda c: c.update(num_layers=1)), "unknown transformer_blocks.1"),
+    "more layers": (options(TRANSFORMER, lambda c: c.update(num_layers=3)), "missing transformer_blocks.2"),
+    "a lost long_patch_size": (options(TRANSFORMER, lambda c: c.pop("long_patch_size")), "unknown .*context"),
     "NaN in the transformer": (
-        lambda folder: edit_tensors(
-            folder / "transformer" / WEIGHTS, lambda tensors: fill(float("nan"))(tensors["proj_out.weight"])
-        ),
+        tensors("transformer", last_value("proj_out.weight", float("nan"))),
         "proj_out.weight has values that are NaN",
     ),
     "infinity in the autoencoder": (
-        lambda folder: edit_tensors(
-            folder / "vae" / WEIGHTS, lambda tensors: fill(float("inf"))(tensors[DECODER])
-        ),
+        tensors("vae", last_value(DECODER, float("inf"))),
         f"{DECODER} has values that are NaN or infinite",
     ),
-    "scaling_factor 0": (
-        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.update(scaling_factor=0)),
-        "scaling_factor=0",
-    ),
-    "no scaling_factor": (
-        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.pop("scaling_factor")),
-        "has no scaling_factor",
-    ),
-    "an empty scheduler": (
-        lambda folder: (folder / "scheduler/scheduler_config.json").write_text("{}"),
-        "scheduler_config.json is empty",
-    ),
-    "an emptied scheduler": (
-        lambda folder: (folder / "scheduler/scheduler_config.json").write_text(
-            '{"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1"}'
-        ),
-        "scheduler_config.json is empty",
-    ),
+    "scaling_factor 0": (options(VAE, lambda c: c.update(scaling_factor=0)), "scaling_factor=0"),
+    "no scaling_factor": (options(VAE, lambda c: c.pop("scaling_factor")), "has no scaling_factor"),
+    "an empty scheduler": (text(SCHEDULER, "{}"), "scheduler_config.json is empty"),
+    "an emptied scheduler": (text(SCHEDULER, EMPTIED), "scheduler_config.json is empty"),
     "a misspelt option of the scheduler": (
-        lambda folder: edit_json(folder / "scheduler/scheduler_config.json", lambda c: c.update(shifft=3.0)),
+        options(SCHEDULER, lambda c: c.update(shifft=3.0)),
         "shifft; shifft may mean shift",
     ),
     "a misspelt option of the autoencoder": (
-        lambda folder: edit_json(folder / "vae/config.json", lambda c: c.update(scaling_facto=3.0)),
+        options(VAE, lambda c: c.update(scaling_facto=3.0)),
         "scaling_facto may mean scaling_factor",
     ),
     "a misspelt option of the transformer": (
-        lambda folder: edit_json(folder / "transformer/config.json", lambda c: c.update(short_windo=3)),
+        options(TRANSFORMER, lambda c: c.update(short_windo=3)),
         "short_windo may mean short_window",
     ),
     "a misspelt option of the pipeline": (
-        lambda folder: edit_json(folder / "model_index.json", lambda c: c.update(flex_rope_slop=0.2)),
+        options("model_index.json", lambda c: c.update(flex_rope_slop=0.2)),
         "flex_rope_slop may mean flex_rope_slope",
     ),
 }
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_pipeline_is_refused(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+def test_a_damaged_pipeline_is_refused(folder: Path, damage: Damage, words: str) -> None:
     damage(folder)
     with pytest.raises(ValueError, match=words):
         FARVideoPipeline.from_pretrained(folder)
