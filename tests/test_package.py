@@ -145,6 +145,21 @@ def test_importing_the_package_costs_nothing() -> None:
     assert imports_torch == "False"
 
 
+def test_the_app_writes_nothing_into_the_package(tmp_path: Path) -> None:
+    """As gradio does beside classes of components, in stubs that outlive changes of the module."""
+    pytest.importorskip("gradio")
+    shutil.copytree(
+        PACKAGE, tmp_path / "diffusers_far", ignore=shutil.ignore_patterns("*.pyi", "__pycache__")
+    )
+    before = sorted(tmp_path.rglob("*"))
+    code = "import diffusers_far.space.app as app; print(app.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip().startswith(str(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_pipeline_imports_no_optional_package() -> None:
     optional = {
         "av",

@@ -24,7 +24,7 @@ from PIL import Image
 
 from diffusers_far.inputs import parse_actions
 from diffusers_far.space.app import build_app, serve
-from diffusers_far.space.fields import check_work, number, whole_number
+from diffusers_far.space.forms import check_work, number, whole_number
 from diffusers_far.space.players import Players, VisitorError
 from diffusers_far.space.uploads import open_image, read_upload
 from diffusers_far.space.visitors import MAX_JOBS_PER_ADDRESS, UnreadError, Visitors

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
-from .fields import (
+from .forms import (
     MAX_NEW_FRAMES,
     MAX_SEED,
     action_table,

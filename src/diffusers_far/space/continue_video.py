@@ -10,10 +10,9 @@ import numpy as np
 from ..demo import side_by_side
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
-from .fields import (
+from .forms import (
     MAX_NEW_FRAMES,
     MAX_SEED,
-    SliderField,
     action_table,
     check_work,
     example_actions,
@@ -21,6 +20,7 @@ from .fields import (
     known_actions,
     new_frames_field,
     sampling_fields,
+    slider,
     whole_number,
 )
 from .pictures import FRAMES_PER_SECOND, enlarged
@@ -49,7 +49,7 @@ def continue_tab(
                 label=f"Fit to {size[1]} x {size[0]}",
                 info="How a video of another shape is made to fit.",
             )
-            num_context = SliderField(
+            num_context = slider(
                 1,
                 MAX_CONTEXT_FRAMES,
                 32,

@@ -12,7 +12,7 @@ from fastapi import HTTPException
 
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
-from .fields import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
+from .forms import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
 from .pictures import FRAMES_PER_SECOND, data_url, enlarged, picture
 from .players import Game, GameFrame, GameSettings, Players, VisitorError
 from .starts import Start

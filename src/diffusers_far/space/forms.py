@@ -19,22 +19,23 @@ MAX_SEED = 2**63 - 1
 MAX_JOB_STEPS = 6400
 
 
-class SliderField(gr.Slider):
+def slider(least: float, most: float, value: float, **options: Any) -> gr.Slider:
     """A slider whose value comes as it is: gradio's own refuses a cleared one without saying which it is."""
+    field = gr.Slider(least, most, value, **options)
+    # No class of its own: beside each, gradio writes a stub, which outlives changes of the module.
+    field.preprocess = _as_it_is
+    return field
 
-    is_template = True  # the page shows it as what it derives from
 
-    def preprocess(self, payload: Any) -> Any:
-        return payload
+def number_field(value: float, **options: Any) -> gr.Number:
+    """A field for a number, whose value comes as it is, as for [`slider`]."""
+    field = gr.Number(value, **options)
+    field.preprocess = _as_it_is
+    return field
 
 
-class NumberField(gr.Number):
-    """A field whose value comes as it is, as for [`SliderField`]."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
+def _as_it_is(payload: Any) -> Any:
+    return payload
 
 
 def number(label: str, value: Any, default: float, least: float, most: float) -> float:
@@ -80,9 +81,9 @@ def shown(value: Any, length: int = 40) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def new_frames_field(elem_id: str) -> SliderField:
+def new_frames_field(elem_id: str) -> gr.Slider:
     """How long a video to make."""
-    return SliderField(
+    return slider(
         1,
         MAX_NEW_FRAMES,
         32,
@@ -93,10 +94,10 @@ def new_frames_field(elem_id: str) -> SliderField:
     )
 
 
-def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[SliderField, SliderField, NumberField]:
+def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[gr.Slider, gr.Slider, gr.Number]:
     """What the tabs have in common: denoising steps, slope and seed."""
     return (
-        SliderField(
+        slider(
             1,
             MAX_STEPS,
             pipeline.config.num_inference_steps,
@@ -104,7 +105,7 @@ def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[SliderFie
             label="Denoising steps",
             info="More steps make a frame a little better and take longer.",
         ),
-        SliderField(
+        slider(
             0,
             0.3,
             slope,
@@ -112,7 +113,7 @@ def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[SliderFie
             label="FlexRoPE slope",
             info="How fast the model forgets older frames; 0 is not at all.",
         ),
-        NumberField(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same video."),
+        number_field(0, precision=0, minimum=0, label="Seed", info="The same seed gives the same video."),
     )
 
 
