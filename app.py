@@ -3,7 +3,7 @@
 import os
 
 from diffusers_far.shipped import ANY_STEP_CHECKPOINT
-from diffusers_far.space.app import launch
+from diffusers_far.browser.app import launch
 
 if __name__ == "__main__":
     launch(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from diffusers_far.space.app import load
-from diffusers_far.space.players import Game, GameSettings, Players
+from diffusers_far.browser.app import load
+from diffusers_far.browser.players import Game, GameSettings, Players
 
 
 def resident_mb() -> float:

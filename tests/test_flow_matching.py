@@ -8,7 +8,7 @@ from diffusers_far.flow_matching import (
     add_noise,
     frame_loss,
     sample_clean_frames,
-    sample_intervals,
+    sample_flow_map_steps,
     sample_sigmas,
     velocity_target,
 )
@@ -80,8 +80,8 @@ def test_clean_frames_leave_the_loss() -> None:
     assert frame_loss(prediction.bfloat16(), target, clean).dtype == torch.float32
 
 
-def test_intervals_are_steps_of_samplers() -> None:
-    start, end = sample_intervals((5000, 4), 4, generator())
+def test_steps_of_a_flow_map_are_those_of_samplers() -> None:
+    start, end = sample_flow_map_steps((5000, 4), 4, generator())
     num_steps = (1 / (start - end)).round()
     index = (1 - start) * num_steps
     assert max_error(index, index.round()) < 1e-5 and index.min() == 0

@@ -18,14 +18,14 @@ from diffusers_far.flow_matching import (
     add_noise,
     frame_loss,
     sample_clean_frames,
-    sample_intervals,
+    sample_flow_map_steps,
     sample_sigmas,
     velocity_target,
 )
 from diffusers_far.kv_cache import Slot
 from training.clips import Clips
 
-NUM_TEACHER_STEPS = 8  # of the longest interval of a flow map; shorter ones take as many
+NUM_TEACHER_STEPS = 8  # for the longest step of a flow map; shorter ones take as many
 
 
 @dataclass
@@ -97,7 +97,7 @@ class FlowMap:
     def loss(self, clips: Clips, generator: torch.Generator) -> Tensor:
         """Squared error of the mean velocity: `[]`."""
         noise, sigmas = draw_noise(clips, generator)
-        start, end = sample_intervals(sigmas.shape, generator=generator).to(noise.device)
+        start, end = sample_flow_map_steps(sigmas.shape, generator=generator).to(noise.device)
         own_context = chance(self.own_context_probability, generator)
         window = estimate_window(self.teacher, clips, noise, sigmas) if own_context else clips.target
         frames = add_noise(clips.target, noise, start)

@@ -460,7 +460,7 @@ def play(**options: Any) -> None:
     diffusers-far play --checkpoint far-b-long-minecraft --device cuda --host 0.0.0.0
     """
     try:
-        from .space.app import launch
+        from .browser.app import launch
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

@@ -46,7 +46,7 @@ def sample_sigmas(
     return 1 - index.float() / num_train_timesteps
 
 
-def sample_intervals(
+def sample_flow_map_steps(
     shape: tuple[int, ...], max_steps: int = 16, generator: torch.Generator | None = None
 ) -> Tensor:
     """Steps to train a flow map on: where each starts and ends.

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusers_far import FARTransformer3DModel
-from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_intervals
+from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_flow_map_steps
 from diffusers_far.kv_cache import Slot
 from tests.tiny_models import TOLERANCE, generator, latents, long_transformer, relative_error, transformer
 from training.clips import Clips
@@ -173,7 +173,7 @@ def test_the_loss_is_the_distance_to_where_the_trained_model_comes(own_context: 
 
     draws = generator(5)
     noise, sigmas = draw_noise(clips, draws)
-    intervals = sample_intervals((4, WINDOW), generator=draws)
+    steps = sample_flow_map_steps((4, WINDOW), generator=draws)
     given = clips
     if own_context:
         timestep = torch.cat([torch.full((4, 5), CLEAN_TIMESTEP), 1000 * sigmas], dim=1)
@@ -184,8 +184,8 @@ def test_the_loss_is_the_distance_to_where_the_trained_model_comes(own_context: 
         given = Clips(torch.cat([clips.before, own], dim=1), WINDOW, clips.actions, None, clips.sources)
     losses = []
     for index in range(WINDOW):
-        start, end = intervals[..., index]
-        first = add_noise(clips.target, noise, intervals[0])[:, index]
+        start, end = steps[..., index]
+        first = add_noise(clips.target, noise, steps[0])[:, index]
         predicted = last_velocity(model, given, first, index, start, end)
         frame, step = first, (start - end) / NUM_TEACHER_STEPS
         for number in range(NUM_TEACHER_STEPS):

@@ -11,11 +11,11 @@ from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
-from diffusers_far.space import play
-from diffusers_far.space.app import frame_size
-from diffusers_far.space.play import PlayServer, answering
-from diffusers_far.space.players import Players
-from diffusers_far.space.starts import Start, cut_starts, fit_starts, read_episodes
+from diffusers_far.browser import play
+from diffusers_far.browser.app import frame_size
+from diffusers_far.browser.play import PlayServer, answering
+from diffusers_far.browser.players import Players
+from diffusers_far.browser.starts import Start, cut_starts, fit_starts, read_episodes
 from diffusers_far.video_files import save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 

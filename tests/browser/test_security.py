@@ -23,11 +23,11 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from diffusers_far.inputs import parse_actions
-from diffusers_far.space.app import build_app, serve
-from diffusers_far.space.forms import check_work, number, whole_number
-from diffusers_far.space.players import Players, VisitorError
-from diffusers_far.space.uploads import open_image, read_upload
-from diffusers_far.space.visitors import MAX_JOBS_PER_ADDRESS, UnreadError, Visitors
+from diffusers_far.browser.app import build_app, serve
+from diffusers_far.browser.forms import check_work, number, whole_number
+from diffusers_far.browser.players import Players, VisitorError
+from diffusers_far.browser.uploads import open_image, read_upload
+from diffusers_far.browser.visitors import MAX_JOBS_PER_ADDRESS, UnreadError, Visitors
 from diffusers_far.video_files import save_video
 from tests.tiny_models import long_transformer, pipeline
 
@@ -358,7 +358,7 @@ def test_no_file_is_left_when_the_app_ends(tmp_path: Path, how: signal.Signals) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from diffusers_far.space.app import launch; import sys; "
+    code = "from diffusers_far.browser.app import launch; import sys; "
     code += f"launch(sys.argv[1], None, 'cpu', port={port})"
     environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
     server = subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
-from diffusers_far.space.players import BusyError, Game, GameSettings, Players, UnknownPlayerError
+from diffusers_far.browser.players import BusyError, Game, GameSettings, Players, UnknownPlayerError
 from tests.tiny_models import generator, long_transformer, pipeline, transformer
 
 SETTINGS = GameSettings(num_inference_steps=2)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_far.browser import uploads
+from diffusers_far.browser.uploads import read_upload
 from diffusers_far.inputs import parse_actions
-from diffusers_far.space import uploads
-from diffusers_far.space.uploads import read_upload
 from diffusers_far.video_files import save_video
 
 NAMES = ["noop", "forward", "left", "forward-left"]
