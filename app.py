@@ -2,8 +2,8 @@
 
 import os
 
-from diffusers_far.shipped import ANY_STEP_CHECKPOINT
 from diffusers_far.browser.app import launch
+from diffusers_far.shipped import ANY_STEP_CHECKPOINT
 
 if __name__ == "__main__":
     launch(

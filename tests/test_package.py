@@ -152,7 +152,7 @@ def test_the_app_writes_nothing_into_the_package(tmp_path: Path) -> None:
         PACKAGE, tmp_path / "diffusers_far", ignore=shutil.ignore_patterns("*.pyi", "__pycache__")
     )
     before = sorted(tmp_path.rglob("*"))
-    code = "import diffusers_far.space.app as app; print(app.__file__)"
+    code = "import diffusers_far.browser.app as app; print(app.__file__)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)

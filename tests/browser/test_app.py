@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
-from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.browser.app import build_app, load
 from diffusers_far.browser.app import serve as serve_app
 from diffusers_far.browser.players import Players
 from diffusers_far.browser.uploads import MAX_UPLOAD_MB
 from diffusers_far.browser.visitors import Visitors
+from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.video_files import read_video
 from evaluation.metrics import horizontal_shift
 from tests.tiny_models import pipeline, transformer

@@ -22,12 +22,12 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from diffusers_far.inputs import parse_actions
 from diffusers_far.browser.app import build_app, serve
 from diffusers_far.browser.forms import check_work, number, whole_number
 from diffusers_far.browser.players import Players, VisitorError
 from diffusers_far.browser.uploads import open_image, read_upload
 from diffusers_far.browser.visitors import MAX_JOBS_PER_ADDRESS, UnreadError, Visitors
+from diffusers_far.inputs import parse_actions
 from diffusers_far.video_files import save_video
 from tests.tiny_models import long_transformer, pipeline
 
