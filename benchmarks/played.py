@@ -37,9 +37,10 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
-    config, size = pipeline.transformer.config, pipeline.config.sample_size // pipeline.vae_scale_factor
+    config = pipeline.transformer.config
+    size = [side // pipeline.vae_scale_factor for side in pipeline.default_size]
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, arguments.context, config.in_channels, size, size, generator=generator)
+    latents = torch.randn(1, arguments.context, config.in_channels, *size, generator=generator)
     rollout = pipeline.rollout(
         video_latents=latents.to(arguments.device),
         num_inference_steps=arguments.steps,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
@@ -70,7 +70,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "fewer layers": (options(TRANSFORMER, lambda c: c.update(num_layers=1)), "unknown transformer_blocks.1"),
     "more layers": (options(TRANSFORMER, lambda c: c.update(num_layers=3)), "missing transformer_blocks.2"),
-    "a lost long_patch_size": (options(TRANSFORMER, lambda c: c.pop("long_patch_size")), "unknown .*context"),
+    "a lost long_patch_size": (
+        options(TRANSFORMER, lambda c: c.pop("long_patch_size")),
+        "FARTransformer3DModel has lost options: long_patch_size",
+    ),
+    "a lost short_window of the transformer": (
+        options(TRANSFORMER, lambda c: c.pop("short_window")),
+        "FARTransformer3DModel has lost options: short_window",
+    ),
     "NaN in the transformer": (
         tensors("transformer", last_value("proj_out.weight", float("nan"))),
         "proj_out.weight has values that are NaN",
@@ -102,11 +109,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.parametrize("loader", [FARVideoPipeline, DiffusionPipeline])
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_pipeline_is_refused(folder: Path, damage: Damage, words: str) -> None:
+def test_a_damaged_pipeline_is_refused(folder: Path, damage: Damage, words: str, loader: Any) -> None:
     damage(folder)
     with pytest.raises(ValueError, match=words):
-        FARVideoPipeline.from_pretrained(folder)
+        loader.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,41 @@ def test_a_damaged_transformer_is_refused(folder: Path, name: str) -> None:
     damage(folder)
     with pytest.raises(ValueError, match=words):
         FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+
+
+def test_every_option_of_the_transformer_is_needed(folder: Path) -> None:
+    """Save the one that checkpoints of earlier versions lack, and those that the call gives."""
+    names = [name for name in FARTransformer3DModel().config if not name.startswith("_")]
+    whole = (folder / TRANSFORMER).read_text()
+    for name in names:
+        options(TRANSFORMER, lambda config, name=name: config.pop(name))(folder)  # type: ignore[misc]
+        if name == "use_meanflow":
+            model = FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+            assert not model.config.use_meanflow
+        else:
+            with pytest.raises(ValueError, match=f"has lost options: {name}$"):
+                FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+        (folder / TRANSFORMER).write_text(whole)
+    options(TRANSFORMER, lambda config: config.pop("short_window"))(folder)
+    model = FARTransformer3DModel.from_pretrained(folder, subfolder="transformer", short_window=4)
+    assert model.config.short_window == 4
+
+
+def test_all_variants_of_the_autoencoder_are_checked(folder: Path) -> None:
+    pipeline(long_transformer(num_actions=4)).save_pretrained(folder, variant="fp16")
+    variant = WEIGHTS.replace("model.", "model.fp16.")
+    weights = load_file(folder / "vae" / variant)
+    del weights[DECODER]
+    save_file(weights, folder / "vae" / variant, metadata={"format": "pt"})
+    for loader in (FARVideoPipeline, DiffusionPipeline):
+        with pytest.raises(ValueError, match=f"fp16.* missing {DECODER}"):
+            loader.from_pretrained(folder, variant="fp16")
+
+
+def test_parts_from_elsewhere_are_not_checked_against_the_folder(folder: Path, tmp_path: Path) -> None:
+    tensors("vae", lambda weights: weights.pop(DECODER))(folder)
+    for loader in (FARVideoPipeline, DiffusionPipeline):
+        assert loader.from_pretrained(folder, vae=autoencoder()).vae.config.scaling_factor == 0.3
 
 
 def test_whole_pipelines_load(folder: Path) -> None:

@@ -71,6 +71,22 @@ def test_defaults_come_from_the_checkpoint() -> None:
     assert max_error(frames, call(pipe, flex_rope_slope=0.0)) > 1e-4
 
 
+def test_default_size_is_one_number_or_two(tmp_path: Path) -> None:
+    pipe = pipeline(sample_size=(32, 96))
+    assert call(pipe).shape == (1, 4, 4, 4, 12)
+    assert call(pipe, width=32).shape == (1, 4, 4, 4, 4)
+    assert call(pipe, video=torch.rand(1, 2, 3, 40, 40)).shape == (1, 4, 4, 4, 12)
+    pipe.save_pretrained(tmp_path)
+    assert FARVideoPipeline.from_pretrained(tmp_path).default_size == (32, 96)
+    assert pipeline(sample_size=32).default_size == (32, 32)
+    assert pipeline(sample_size=None).default_size == (None, None)
+    for wrong in (0, -8, 30, 64.0, True, "64", (64,), (64, 64, 64), (64, 30), (64, None)):
+        with pytest.raises(
+            ValueError, match=r"sample_size=.* must be a positive multiple of 8 pixels, or two"
+        ):
+            pipeline(sample_size=wrong)
+
+
 def test_output_types_agree(pipe: FARVideoPipeline) -> None:
     outputs = {kind: call(pipe, output_type=kind, batch_size=2) for kind in ("pil", "np", "pt", "latent")}
     assert outputs["latent"].shape == (2, 4, 4, 8, 8)

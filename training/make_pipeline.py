@@ -30,7 +30,9 @@ class PipelineOptions:
     num_inference_steps: Count = option(50, "default denoising steps")
     flex_rope_slope: NotNegative = option(0.0, "default of FlexRoPE's decay")
     num_training_frames: Count | None = option(None, "frames of the longest training clip")
-    sample_size: Count | None = option(None, "default height and width of frames in pixels")
+    sample_size: list[int] | None = option(
+        None, "default size of frames in pixels: one number, or height and width"
+    )
     action_names: list[str] | None = option(None, "what the actions are called, in order")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "of the files; loading gives float32"
@@ -51,6 +53,9 @@ def main(command_line: list[str]) -> None:
             f"autoencoder={options.autoencoder!r} has latents of {vae.config.latent_channels} channels; the "
             f"transformer takes {transformer.config.in_channels}"
         )
+    sample_size = options.sample_size
+    if sample_size is not None and len(sample_size) == 1:
+        (sample_size,) = sample_size
     if options.solver == "UniPC":
         scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     else:
@@ -61,7 +66,7 @@ def main(command_line: list[str]) -> None:
         scheduler,
         flex_rope_slope=options.flex_rope_slope,
         num_inference_steps=options.num_inference_steps,
-        sample_size=options.sample_size,
+        sample_size=sample_size,
         num_training_frames=options.num_training_frames,
         action_names=options.action_names,
     ).to(getattr(torch, options.dtype))

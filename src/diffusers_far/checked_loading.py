@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler
 from safetensors import safe_open
 from torch import nn
 
-_WEIGHTS = r"diffusion_pytorch_model{variant}(-\d+-of-\d+)?\.safetensors"
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>.+?))?(-\d+-of-\d+)?\.safetensors")
 
 
 def check_shapes(
@@ -53,7 +54,7 @@ def check_weights(model: nn.Module, source: str) -> None:
 
 def check_options(classes: Iterable[type], config: Mapping[str, Any], source: str) -> None:
     """Raise with the names of options that none of the classes has, if there are any."""
-    known = {name for each in classes for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
+    known = _options(classes)
     unknown = [
         name for name in config if not name.startswith("_") and name not in {*known, "quantization_config"}
     ]
@@ -63,44 +64,59 @@ def check_options(classes: Iterable[type], config: Mapping[str, Any], source: st
         raise ValueError(f"{source} has options that nobody knows: {', '.join(unknown)}{hint}")
 
 
+def check_complete(cls: type, config: Iterable[str], optional: Iterable[str], source: str) -> None:
+    """Raise with the names of options of a class that its saved configuration lacks, if there are any."""
+    missing = _options([cls]) - {*config, *optional}
+    if missing:
+        raise ValueError(f"{source} has lost options: {', '.join(sorted(missing))}")
+
+
+def _options(classes: Iterable[type]) -> set[str]:
+    names = {name for each in classes for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
+    return names - {"self"}
+
+
 def check_scaling_factor(factor: Any) -> None:
     """Raise unless an autoencoder's `scaling_factor` can normalise latents."""
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(f"scaling_factor={factor!r} of the autoencoder must be a positive number")
 
 
-def check_autoencoder(vae: nn.Module, folder: Path, variant: str | None) -> None:
-    """Raise unless a folder has just the tensors and options of the autoencoder that was loaded from it."""
+def check_autoencoder(vae: nn.Module, folder: Path) -> None:
+    """Raise unless a folder has just the tensors and options of an autoencoder, in each of its variants."""
     config = read_config(folder / "config.json")
     check_options([type(vae)], config, f"{folder}/config.json")
     if "scaling_factor" not in config:
         raise ValueError(f"{folder}/config.json has no scaling_factor, by which latents are normalised")
-    names = [f".{variant}"] if variant is not None else []
-    for name in (*names, ""):  # diffusers falls back to the plain files too
-        pattern = re.compile(_WEIGHTS.format(variant=re.escape(name)))
-        files = [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
-        if files:
-            break
-    else:
-        return
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if weights := _WEIGHTS.fullmatch(path.name):
+            with safe_open(path, framework="pt") as file:
+                found.setdefault(weights["variant"] or "", set()).update(file.keys())
     own = {name for name, _ in [*vae.named_parameters(), *vae.named_buffers()]}
     expected = {name for name in vae.state_dict() if name in own}  # quantisation adds others
-    check_names(expected - shapes.keys(), shapes.keys() - expected, str(folder))
+    for variant, names in found.items():
+        source = f"{folder} ({variant})" if variant else str(folder)
+        check_names(expected - names, names - expected, source)
     check_weights(vae, str(folder))
 
 
 def check_scheduler_config(scheduler: Any, folder: Path) -> None:
-    """Raise unless a folder has options of the scheduler that was loaded from it, and no others."""
+    """Raise unless a folder has options of a scheduler, and no others.
+
+    Args:
+        scheduler: the one of the pipeline, which need not come from there.
+        folder: of the scheduler's configuration.
+    """
     config = read_config(folder / "scheduler_config.json")
     if all(name.startswith("_") for name in config):
         raise ValueError(f"{folder}/scheduler_config.json is empty: what the model was made for is lost")
     # One that was made from the configuration of another keeps the other's options.
-    others = (FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(), scheduler)
-    known = {each for other in others for each in (type(other), *other.compatibles)}
+    others = {FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, type(scheduler)}
+    saved = getattr(diffusers, str(config.get("_class_name")), None)
+    if isinstance(saved, type) and issubclass(saved, SchedulerMixin):
+        others.add(saved)
+    known = {each for other in others for each in (other, *other._get_compatibles())}
     check_options(known, config, f"{folder}/scheduler_config.json")
 
 

@@ -185,7 +185,7 @@ def make_video(
     num_seen = config.num_training_frames if schedule == ContextSchedule() else None
     num_seen = min(num_context, num_seen or num_context)
     seen = np.empty(0)  # the last of the given frames, in a ring
-    size = (height or config.sample_size, width or config.sample_size)  # at which the model works
+    size = (height or pipeline.default_size[0], width or pipeline.default_size[1])  # where the model works
     keep_size = height is None and width is None
     code = 0
 

@@ -36,18 +36,18 @@ def describe_model(model: Any) -> dict[str, Any]:
 def describe_pipeline(pipeline: Any) -> dict[str, Any]:
     """Names and figures of a FARVideoPipeline, at its default size, or 64 x 64 pixels if it has none."""
     model, config = pipeline.transformer, pipeline.transformer.config
-    size = pipeline.config.sample_size or 64
-    grid = size // pipeline.vae_scale_factor
-    width = config.num_attention_heads * config.attention_head_dim
-    long_tokens, short_tokens = model.tokens_per_frame(grid, grid)
-    kilobytes = 2 * config.num_layers * width * 4 / 1024  # keys and values of a token in float32
+    height, width = (side or 64 for side in pipeline.default_size)
+    grid = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+    dim = config.num_attention_heads * config.attention_head_dim
+    long_tokens, short_tokens = model.tokens_per_frame(*grid)
+    kilobytes = 2 * config.num_layers * dim * 4 / 1024  # keys and values of a token in float32
     figures = describe_model(model)
     if pipeline.config.action_names:
         figures["actions"] = ", ".join(pipeline.config.action_names)
     vae_parameters = sum(parameter.numel() for parameter in pipeline.vae.parameters())
     figures |= {
         "autoencoder": f"{vae_parameters / 1e6:.1f} million parameters",
-        "frames": f"{size} x {size} pixels, {config.in_channels} x {grid} x {grid} latents",
+        "frames": f"{height} x {width} pixels, {config.in_channels} x {grid[0]} x {grid[1]} latents",
         "tokens of a frame": f"{short_tokens}" + (f", long-term {long_tokens}" if model.is_long else ""),
         "cache of a frame": f"{short_tokens * kilobytes:.0f} kB"
         + (f", long-term {long_tokens * kilobytes:.0f} kB" if model.is_long else "")
@@ -59,10 +59,14 @@ def describe_pipeline(pipeline: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def count_flops(model: Any, grid: int, num_context: int = 16) -> int:
-    """Floating-point operations of a denoising step of one video after `num_context` short-term frames."""
-    cache = model.create_cache(1, grid, grid)
-    shape = (model.config.in_channels, grid, grid)
+def count_flops(model: Any, grid: tuple[int, int], num_context: int = 16) -> int:
+    """Floating-point operations of a denoising step of one video after `num_context` short-term frames.
+
+    Args:
+        grid: height and width of the latents.
+    """
+    cache = model.create_cache(1, *grid)
+    shape = (model.config.in_channels, *grid)
     context = torch.zeros(1, num_context, *shape, device=model.device, dtype=model.dtype)
     clean = torch.full((1, num_context), -1.0, device=model.device)
     model(context, clean, cache=cache, num_long_frames=0)

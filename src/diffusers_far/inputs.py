@@ -171,6 +171,17 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{name}={size} must be a positive multiple of {multiple} pixels")
 
 
+def check_sample_size(size: Any, multiple: int) -> None:
+    """Raise a ValueError unless it is None, a number, or (height, width), of multiples of `multiple`."""
+    pair = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    for side in pair if size is not None else ():
+        if isinstance(side, bool) or not isinstance(side, Integral) or side < 1 or side % multiple:
+            raise ValueError(
+                f"sample_size={size!r} must be a positive multiple of {multiple} pixels, or two of them: "
+                "(height, width)"
+            )
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is a float tensor of finite values."""
     if not isinstance(value, Tensor):

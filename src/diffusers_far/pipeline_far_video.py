@@ -28,6 +28,7 @@ from .inputs import (
     Labels,
     check_action_names,
     check_integer,
+    check_sample_size,
     check_size,
     check_tensor,
     empty_videos,
@@ -81,6 +82,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Generates video with FAR, frame after frame, each seeing all frames before it (arXiv 2503.19325).
 
     Adapters are saved, loaded, mixed, fused and unloaded as in diffusers (`load_lora_weights` and so on).
+    `from_pretrained` takes only whole checkpoints: it raises a ValueError for missing, unknown or NaN
+    weights, a lost or empty configuration, and options that the part they are of does not have.
 
     Args:
         transformer: FAR, base or Long.
@@ -88,7 +91,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         scheduler: flow-matching scheduler; Euler (`FlowMatchEulerDiscreteScheduler`) is published.
         flex_rope_slope: default temporal decay of FlexRoPE, kept with the checkpoint.
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
-        sample_size: default height and width of videos in pixels, kept with the checkpoint.
+        sample_size: default size of videos in pixels, kept with the checkpoint: one number, or (height,
+            width).
         action_names: what each action is called, kept with the checkpoint.
         num_training_frames: frames of the longest clip that the model was trained with, kept with the
             checkpoint; by default a context has no more. None: unknown, and a context keeps everything.
@@ -104,7 +108,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         scheduler: SchedulerMixin,
         flex_rope_slope: float = 0.0,
         num_inference_steps: int = 50,
-        sample_size: int | None = None,
+        sample_size: int | Sequence[int] | None = None,
         action_names: list[str] | None = None,
         num_training_frames: int | None = None,
     ) -> None:
@@ -124,6 +128,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             check_scaling_factor(self.vae.config.scaling_factor)
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+        multiple = self.frame_multiple if getattr(self, "transformer", None) else 1
+        check_sample_size(sample_size, multiple)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
@@ -151,30 +157,36 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return self._interrupt
 
     @property
+    def default_size(self) -> tuple[Any, Any]:
+        """Height and width of videos in pixels, of the checkpoint's `sample_size`; None where it has none."""
+        size = self.config.sample_size
+        return (size, size) if size is None or isinstance(size, int) else (size[0], size[1])
+
+    @property
     def frame_multiple(self) -> int:
         """Height and width of a video must be multiples of this."""
         config = self.transformer.config
         return int(self.vae_scale_factor * math.lcm(config.patch_size, config.long_patch_size or 1))
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load a pipeline as in diffusers, but only a whole one.
+    def register_to_config(self, **options: Any) -> None:
+        # That it tells where the pipeline is from is the last step of loading, for `DiffusionPipeline` too.
+        super().register_to_config(**options)
+        if "_name_or_path" in options:
+            self._check_files(Path(options["_name_or_path"]))
 
-        Raises:
-            ValueError: for missing, unknown or NaN weights, an empty configuration, and options that the part
-                they are of does not have.
-        """
-        variant = kwargs.get("variant")
-        given = {name for name in ("transformer", "vae", "scheduler") if name in kwargs}
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path)
-        for name in {"transformer", "vae"} - given:  # loaded from where a download lies
-            folder = Path(getattr(pipeline, name).config._name_or_path).parent
-        if "vae" not in given and (folder / "vae").is_dir():
-            check_autoencoder(pipeline.vae, folder / "vae", variant)
-        if "scheduler" not in given and (folder / "scheduler").is_dir():
-            check_scheduler_config(pipeline.scheduler, folder / "scheduler")
-        return pipeline
+    def _check_files(self, folder: Path) -> None:
+        """Raise unless the files of autoencoder and scheduler are whole; the transformer checks its own."""
+        parts = {
+            name: Path(getattr(getattr(self, name).config, "_name_or_path", None) or "")
+            for name in ("transformer", "vae")
+        }
+        if not folder.is_dir():  # the id of a repository: the parts know where the download lies
+            folders = [path.parent for name, path in parts.items() if path.name == name]
+            folder = next((path for path in folders if (path / self.config_name).is_file()), folder)
+        if (folder / "vae").is_dir() and parts["vae"] == folder / "vae":
+            check_autoencoder(self.vae, folder / "vae")
+        if (folder / "scheduler").is_dir():
+            check_scheduler_config(self.scheduler, folder / "scheduler")
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -586,7 +598,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 batch_size = latents.shape[0]
                 height = latents.shape[3] * scale if height is None else height
                 width = latents.shape[4] * scale if width is None else width
-        height, width = (self.config.sample_size if size is None else size for size in (height, width))
+        height, width = self._with_defaults(height, width)
         if height is None or width is None:
             raise ValueError(f"height={height} and width={width} are needed when no video is given")
         check_size(height, width, self.frame_multiple)
@@ -605,8 +617,12 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"batch_size={batch_size}, but the other arguments are of {number} videos")
         return number
 
+    def _with_defaults(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        default_height, default_width = self.default_size
+        return default_height if height is None else height, default_width if width is None else width
+
     def _prepare_pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
-        height, width = (self.config.sample_size if size is None else size for size in (height, width))
+        height, width = self._with_defaults(height, width)
         frames = video_tensor(video, height, width)
         check_size(frames.shape[-2], frames.shape[-1], self.frame_multiple)
         return frames

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .attention import FARAttention, attention_mask
-from .checked_loading import check_names, check_options, check_weights
+from .checked_loading import check_complete, check_names, check_options, check_weights
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
 from .tokens import (
@@ -74,6 +74,9 @@ class FARAdaLayerNormOut(nn.Module):
         scale, shift = modulation.unsqueeze(2).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(stream), 1 + scale)
 
+
+# Options that checkpoints of earlier versions lack; their defaults are what these models were made with.
+_LATER_OPTIONS = ("use_meanflow",)
 
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
 
@@ -208,7 +211,8 @@ class FARTransformer3DModel(
         """Load a checkpoint as in diffusers, whose own leaves weights that are missing as they happen to be.
 
         Raises:
-            ValueError: for missing, unknown or NaN weights, and options that the model does not have.
+            ValueError: for missing, unknown or NaN weights, a configuration that lacks an option, and options
+                that the model does not have.
         """
         if kwargs.get("use_flashpack"):  # which checks for itself
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -224,7 +228,10 @@ class FARTransformer3DModel(
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The options in a configuration; diffusers' own leaves out in silence what it does not know."""
-        check_options([cls], config_dict, f"the configuration of {cls.__name__}")
+        source = f"the configuration of {cls.__name__}"
+        check_options([cls], config_dict, source)
+        if "_class_name" in config_dict:  # it was saved, with all options that there were then
+            check_complete(cls, {*config_dict, *kwargs}, _LATER_OPTIONS, source)
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property

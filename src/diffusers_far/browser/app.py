@@ -48,9 +48,10 @@ def load(checkpoint: str, device: str | None = None) -> FARVideoPipeline:
 
 def frame_size(pipeline: FARVideoPipeline, starts: list[Start]) -> tuple[int, int]:
     """Height and width of games: the checkpoint's, else about those of the episodes."""
-    side, multiple = pipeline.config.sample_size, pipeline.frame_multiple
-    if side is not None:
-        return side, side
+    height, width = pipeline.default_size
+    if height is not None and width is not None:
+        return height, width
+    multiple = pipeline.frame_multiple
     height, width = starts[0].frames.shape[1:3] if starts else (DEFAULT_SIDE, DEFAULT_SIDE)
     return max(1, height // multiple) * multiple, max(1, width // multiple) * multiple
 

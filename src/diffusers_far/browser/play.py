@@ -74,7 +74,7 @@ class PlayServer:
         self.pipeline = pipeline
         self.players = players
         self.starts = starts
-        self.size = size or (pipeline.config.sample_size,) * 2
+        self.size = size or pipeline.default_size
 
     def options(self, message: Message) -> Message:
         """What the page can offer."""

@@ -98,7 +98,7 @@ class Game:
         size: tuple[int, int] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.size = size or (pipeline.config.sample_size,) * 2
+        self.size = size or pipeline.default_size
         self.settings = settings or GameSettings(pipeline.config.num_inference_steps)
         trained = pipeline.config.num_training_frames
         self.max_context_frames = min(trained or max_context_frames, max_context_frames)
