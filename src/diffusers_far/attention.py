@@ -4,7 +4,11 @@ from collections.abc import Callable
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 from .kv_cache import LayerCache
@@ -48,6 +52,27 @@ def attention_mask(
     return (distance.to(dtype) * -flex_rope_slope).masked_fill(~seen, float("-inf"))[None, None]
 
 
+# The backends that apply any mask as it is. The others refuse masks, see but one row of them, or take a mask
+# of booleans or a bias for something else.
+MASKED_BACKENDS = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_CUDNN,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_MATH,
+    AttentionBackendName.FLEX,
+)
+
+
+def check_backend(backend: AttentionBackendName) -> None:
+    """Raise a ValueError for an attention backend that would lose the mask of which frame sees which."""
+    if backend not in MASKED_BACKENDS:
+        takes = ", ".join(each.value for each in MASKED_BACKENDS)
+        raise ValueError(
+            f"attention backend {backend.value!r} does not apply the masks of FAR, by which frames do not "
+            f"see later ones; it takes {takes}"
+        )
+
+
 class FARAttnProcessor:
     """Joint attention of long-term and short-term tokens over the context in the cache and themselves."""
 
@@ -66,12 +91,16 @@ class FARAttnProcessor:
         query, key = rotate(torch.cat([query, key], dim=2), image_rotary_emb).chunk(2, dim=2)
         if cache is not None:
             key, value = cache.extend(key, value)
+        backend, parallel_config = self._attention_backend, self._parallel_config
+        active = backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if attention_mask is not None:
+            check_backend(active)
         one_frame = attention_mask is None or attention_mask.shape[-2] == 1
         exact_on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
-        if self._attention_backend is None and one_frame and exact_on_cpu:
+        nothing_set = backend is None and active == AttentionBackendName.NATIVE and parallel_config is None
+        if nothing_set and one_frame and exact_on_cpu:
             attended = matmul_attention(query, key, value, attention_mask)
         else:
-            backend, parallel_config = self._attention_backend, self._parallel_config
             attended = dispatch_attention_fn(
                 query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
             )

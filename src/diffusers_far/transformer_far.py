@@ -11,13 +11,14 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .attention import FARAttention, attention_mask
+from .attention import FARAttention, attention_mask, check_backend
 from .checked_loading import check_complete, check_names, check_options, check_weights
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
@@ -233,6 +234,16 @@ class FARTransformer3DModel(
         if "_class_name" in config_dict:  # it was saved, with all options that there were then
             check_complete(cls, {*config_dict, *kwargs}, _LATER_OPTIONS, source)
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Compute attention with one of diffusers' backends, in every forward.
+
+        Raises:
+            ValueError: for one that is unknown, or that does not apply masks.
+        """
+        if backend.lower() in (name.value for name in AttentionBackendName):
+            check_backend(AttentionBackendName(backend.lower()))
+        super().set_attention_backend(backend)
 
     @property
     def is_long(self) -> bool:
