@@ -263,7 +263,7 @@ def test_compiled_as_one_graph(name: str, with_slope: bool) -> None:
 @both
 def test_a_compiled_model_samples_without_compiling_every_frame(name: str, regional: bool) -> None:
     """Past torch's limit of 8 recompilations a full graph is an error."""
-    model = MODELS[name](num_layers=1)
+    model = MODELS[name](num_layers=2)
     pipe = pipeline(model, num_inference_steps=2)
     arguments = {"num_frames": 13, "latents": latents(1, 13), "output_type": "latent", "flex_rope_slope": 0.1}
     expected = pipe(**arguments).frames
@@ -273,6 +273,51 @@ def test_a_compiled_model_samples_without_compiling_every_frame(name: str, regio
     else:
         model.compile(fullgraph=True, backend="eager")
     assert relative_error(pipe(**arguments).frames, expected) <= TOLERANCE
+
+
+class Graphs:
+    """A backend of torch.compile that counts what it gets."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> torch.fx.GraphModule:
+        self.count += 1
+        return graph
+
+
+@pytest.mark.parametrize("with_slope", [False, True])
+@both
+def test_all_blocks_and_numbers_of_frames_share_one_graph(name: str, with_slope: bool) -> None:
+    model, slope = MODELS[name](num_layers=4), 0.2 * with_slope
+    expected, found, graphs = {}, {}, Graphs()
+    many = {count: (latents(1, count), torch.full((1, count), 300.0)) for count in (7, 9, 12, 20)}
+    with torch.no_grad():
+        for count, given in many.items():
+            expected[count] = model(*given, flex_rope_slope=slope).sample
+        torch.compiler.reset()
+        model.compile_repeated_blocks(fullgraph=True, backend=graphs)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for count, given in many.items():
+                found[count] = model(*given, flex_rope_slope=slope).sample
+    assert graphs.count == 1
+    for count in many:
+        assert relative_error(found[count], expected[count]) <= TOLERANCE
+
+
+@both
+def test_a_rollout_compiles_no_block_for_its_length(name: str) -> None:
+    """The first frame, the second one, and a Long model's first long-term frame have graphs of their own."""
+    graphs, pipe = Graphs(), pipeline(MODELS[name](num_layers=3), num_inference_steps=2)
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    rollout = pipe.rollout(batch_size=1, output_type="latent", generator=generator())
+    for _ in range(6):
+        rollout.step()
+    assert graphs.count <= 5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(30):  # the buffers of the cache grow four times
+            rollout.step()
 
 
 def test_compiled_with_gradients() -> None:

@@ -168,15 +168,12 @@ class FARAttention(nn.Module, AttentionModuleMixin):
         return norm_q(query), norm_k(key), value
 
     def project_out(self, attended: Tensor, streams: Streams) -> Streams:
-        """Output projection of `[B, N, D]` as streams; long-term tokens pass where nothing reads them."""
-        shape = streams[-1].shape[1:3]
-        if len(streams) == 1:
-            return [self.to_out[0](attended).unflatten(1, shape)]
-        split = streams[0].shape[1] * streams[0].shape[2]
-        long, short = attended[:, :split], attended[:, split:]
-        if self.to_add_out is not None:
-            long = self.to_add_out(long)
-        return [long.unflatten(1, streams[0].shape[1:3]), self.to_out[0](short).unflatten(1, shape)]
+        """Output projection of `[B, N, D]` as streams; only the short-term one where no other is read."""
+        split = sum(stream.shape[1] * stream.shape[2] for stream in streams[:-1])
+        short = self.to_out[0](attended[:, split:]).unflatten(1, streams[-1].shape[1:3])
+        if len(streams) == 1 or self.to_add_out is None:
+            return [short]
+        return [self.to_add_out(attended[:, :split]).unflatten(1, streams[0].shape[1:3]), short]
 
     def forward(
         self,

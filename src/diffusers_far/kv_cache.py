@@ -64,7 +64,7 @@ class FARCache:
         short_tokens: tokens of a short-term frame.
         long_tokens: tokens of a long-term frame; 0 for a base model, which has none.
         dtype, device: of the buffers.
-        block_tokens: buffers grow by multiples of so many tokens.
+        block_tokens: buffers grow by multiples of so many tokens, and are never full.
     """
 
     def __init__(
@@ -122,9 +122,10 @@ class FARCache:
 
     def _reserve(self, num_tokens: int) -> None:
         needed = self.num_tokens + num_tokens
-        if needed <= self.layers[0].keys.shape[1]:
+        if needed < self.layers[0].keys.shape[1]:
             return
-        capacity = -(-needed // self.block_tokens) * self.block_tokens
+        # Never full: a compiled forward would be compiled anew where context and frame are all of the buffer.
+        capacity = (needed // self.block_tokens + 1) * self.block_tokens
         with torch.inference_mode(False):  # so that a rollout begun under inference mode can go on outside
             for layer in self.layers:  # one after another: only one layer is ever held twice
                 layer.keys = self._grown(layer.keys, capacity)

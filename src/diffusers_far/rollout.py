@@ -355,7 +355,7 @@ class Rollout:
         ends = torch.cat([levels[1:], levels.new_zeros(1)])
         modulation = self._modulation(ends, action)
         for index, (timestep, end) in enumerate(zip(levels, ends, strict=True)):
-            kept = None if modulation is None or index == 0 else modulation[index]
+            kept = None if modulation is None or missing else modulation[index]
             velocity = self._velocity(missing, latents, timestep, end, action, kept).float()
             if self.cache is not None and index == 0:
                 self.cache.commit(missing)

@@ -86,7 +86,7 @@ class FARTransformerBlock(nn.Module):
     """AdaLN attention and AdaLN MLP, both gated per frame."""
 
     def __init__(
-        self, dim: int, heads: int, dim_head: int, long_context: bool, long_context_out: bool
+        self, dim: int, heads: int, dim_head: int, long_context: bool, long_context_out: bool = True
     ) -> None:
         super().__init__()
         self.norm1 = FARAdaLayerNorm(dim)
@@ -110,6 +110,46 @@ class FARTransformerBlock(nn.Module):
         streams = [x + y * gate for x, y, gate in zip(streams, attended, gates, strict=True)]
         normed, gates = self.norm2(streams, condition[1])
         return [x + self.ff(y) * gate for x, y, gate in zip(streams, normed, gates, strict=True)]
+
+
+class FARTransformerLastBlock(FARTransformerBlock):
+    """The last block of a Long model, which ends the long-term stream: nothing reads it any more.
+
+    It is not among the blocks that `compile_repeated_blocks` compiles: it would need a graph of its own.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, long_context: bool) -> None:
+        super().__init__(dim, heads, dim_head, long_context, long_context_out=False)
+
+    def forward(
+        self,
+        streams: Streams,
+        condition: Tensor | tuple[Tensor, Tensor],
+        image_rotary_emb: RotaryEmbedding,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Streams:
+        """The short-term stream alone."""
+        if isinstance(condition, Tensor):
+            condition = self.norm1.linear(condition), self.norm2.linear(condition)
+        normed, gates = self.norm1(streams, condition[0])
+        (attended,) = self.attn(normed, image_rotary_emb, attention_mask, cache)
+        short = streams[-1] + attended * gates[-1]
+        num_long_frames = condition[1].shape[1] - short.shape[1]
+        (normed,), (gate,) = self.norm2([short], condition[1][:, num_long_frames:])
+        return [short + self.ff(normed) * gate]
+
+
+def _any_number_of_frames(
+    streams: Streams, condition: Tensor | Sequence[Tensor], rotary: RotaryEmbedding, mask: Tensor | None
+) -> None:
+    """Let a block that is compiled for these inputs take others of more or fewer frames."""
+    per_frame = [condition] if isinstance(condition, Tensor) else condition
+    marks = [(tensor, 1) for tensor in (*streams, *per_frame)] + [(tensor, 0) for tensor in rotary]
+    if mask is not None:
+        marks += [(mask, 2), (mask, 3)]
+    for tensor, dim in marks:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 class FARTransformer3DModel(
@@ -137,7 +177,7 @@ class FARTransformer3DModel(
 
     _supports_gradient_checkpointing = True
     _supports_group_offloading = True
-    _no_split_modules = ["FARTransformerBlock"]
+    _no_split_modules = ["FARTransformerBlock", "FARTransformerLastBlock"]
     _repeated_blocks = ["FARTransformerBlock"]
     _skip_layerwise_casting_patterns = ["x_embedder", "context_embedder", "timestep_embedder", "norm"]
     _skip_keys = ["cache"]
@@ -181,9 +221,10 @@ class FARTransformer3DModel(
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.action_embedder = nn.Embedding(num_actions + 1, dim) if num_actions else None
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        last_block = FARTransformerLastBlock if is_long else FARTransformerBlock
         self.transformer_blocks = nn.ModuleList(
-            FARTransformerBlock(dim, num_attention_heads, attention_head_dim, is_long, index < num_layers - 1)
-            for index in range(num_layers)
+            block(dim, num_attention_heads, attention_head_dim, is_long)
+            for block in [FARTransformerBlock] * (num_layers - 1) + [last_block]
         )
         self.norm_out = FARAdaLayerNormOut(dim)
         self.proj_out = nn.Linear(dim, self.out_channels * patch_size**2)
@@ -331,6 +372,8 @@ class FARTransformer3DModel(
         if cache is not None:
             cache.begin(num_long_frames, num_frames - num_long_frames)
 
+        if self.transformer_blocks[0]._compiled_call_impl is not None:
+            _any_number_of_frames(streams, condition, rotary, mask)
         for index, block in enumerate(self.transformer_blocks):
             of_block = condition
             if not isinstance(condition, Tensor):
