@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, nn
 
+from .hook_registry import RefusesCaching
 from .kv_cache import LayerCache
 from .matmul_attention import matmul_attention
 from .rope import RotaryEmbedding, rotate
@@ -107,7 +108,7 @@ class FARAttnProcessor:
         return attn.project_out(attended.flatten(2, 3).to(query.dtype), streams)
 
 
-class FARAttention(nn.Module, AttentionModuleMixin):
+class FARAttention(RefusesCaching, nn.Module, AttentionModuleMixin):
     """Attention with RMS-normalised queries and keys and own projections for long-term tokens.
 
     Args:

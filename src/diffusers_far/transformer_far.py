@@ -5,7 +5,7 @@ Dimensions: B batch, F frames, C latent channels, H x W latent grid, N tokens, D
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .attention import FARAttention, attention_mask, check_backend
 from .checked_loading import check_complete, check_names, check_options, check_weights
+from .hook_registry import RefusesCaching, refuse_caching
 from .kv_cache import FARCache, LayerCache
 from .rope import RotaryEmbedding, signed_rotary
 from .tokens import (
@@ -82,7 +83,7 @@ _LATER_OPTIONS = ("use_meanflow",)
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
 
 
-class FARTransformerBlock(nn.Module):
+class FARTransformerBlock(RefusesCaching, nn.Module):
     """AdaLN attention and AdaLN MLP, both gated per frame."""
 
     def __init__(
@@ -153,7 +154,7 @@ def _any_number_of_frames(
 
 
 class FARTransformer3DModel(
-    ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, AttentionMixin
+    RefusesCaching, ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, AttentionMixin
 ):
     """Frame-autoregressive video transformer, base and Long (arXiv 2503.19325).
 
@@ -285,6 +286,14 @@ class FARTransformer3DModel(
         if backend.lower() in (name.value for name in AttentionBackendName):
             check_backend(AttentionBackendName(backend.lower()))
         super().set_attention_backend(backend)
+
+    def enable_cache(self, config: Any) -> NoReturn:
+        """Refuse diffusers' caching of denoising steps, which is wrong for FAR; [`FARCache`] is its own.
+
+        Raises:
+            ValueError: always; it names the technique.
+        """
+        refuse_caching(type(config).__name__)
 
     @property
     def is_long(self) -> bool:
