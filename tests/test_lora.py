@@ -23,13 +23,13 @@ from tests.tiny_models import (
 LAYERS = ["to_q", "to_k", "to_v", "proj_out", "norm1.linear"]
 
 
-def make(pipe: FARVideoPipeline) -> Tensor:
+def make(pipe: FARVideoPipeline, **changes: Any) -> Tensor:
     settings = {
         "num_frames": 7,
         "video_latents": latents(1, 5),
         "actions": torch.tensor([0, 1, 2, 3, 0, 1, 2]),
     }
-    return pipe(generator=generator(), output_type="latent", **settings).frames
+    return pipe(generator=generator(), output_type="latent", **settings | changes).frames
 
 
 def model() -> Any:
@@ -95,6 +95,32 @@ def test_adapters_are_mixed(tmp_path: Path) -> None:
     assert min(relative_error(mixed, expected) for expected in made.values()) > 0.001
     pipe.delete_adapters("one")
     assert pipe.get_list_adapters() == {"transformer": ["two"]}
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+def test_attention_kwargs_scale_the_adapters_of_one_call(tmp_path: Path, scale: float) -> None:
+    pipe = train(0, tmp_path)
+    full = make(pipe)
+    found = make(pipe, attention_kwargs={"scale": scale})
+    assert torch.equal(make(pipe), full)
+    assert torch.equal(make(pipe, attention_kwargs={"scale": 1.0}), full)
+    with pytest.raises(ValueError, match="num_frames"):
+        make(pipe, attention_kwargs={"scale": scale}, num_frames=0)
+    assert torch.equal(make(pipe), full)
+    pipe.set_adapters("default", scale)
+    assert relative_error(found, make(pipe)) < TOLERANCE
+    assert relative_error(found, full) > 0.001
+
+
+@pytest.mark.parametrize("given", [{"scales": 0.5}, {"scale": "half"}, {"scale": float("nan")}, 0.5])
+def test_wrong_attention_kwargs_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"attention_kwargs=.* must be"):
+        make(pipeline(model()), attention_kwargs=given)
+
+
+def test_attention_kwargs_without_an_adapter_are_refused() -> None:
+    with pytest.raises(ValueError, match="no LoRA adapter to scale"):
+        make(pipeline(model()), attention_kwargs={"scale": 0.5})
 
 
 @pytest.mark.parametrize("fault", ["prefix", "layer", "empty", "no lora"])

@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SchedulerMixin
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, scale_lora_layers
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
@@ -252,6 +253,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> FARVideoPipelineOutput | tuple[Any]:
         """Generate videos, or continue given ones.
 
@@ -283,6 +285,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 steps counted over all frames; may return changed tensors.
             callback_on_step_end_tensor_inputs: which tensors it gets, of `_callback_tensor_inputs`.
             return_dict: return a [`FARVideoPipelineOutput`] instead of a tuple.
+            attention_kwargs: `{"scale": s}` multiplies the weights of the LoRA adapters in this call.
 
         Raises:
             ValueError: for an argument that does not fit; it says what it got and what it takes.
@@ -292,6 +295,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             known = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs={tensor_inputs} takes some of {known}")
         check_integer("num_frames", num_frames, minimum=1)
+        self._check_attention_kwargs(attention_kwargs)
         with _BEGIN_OF_CALLS:
             if self._in_call:
                 raise RuntimeError(
@@ -324,7 +328,10 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self._guidance_scale = guidance_scale
             self._num_timesteps = rollout.num_timesteps * (num_frames - num_context)
             self._new_latents, self._context_latents = [], rollout.context_latents
-            with self.progress_bar(total=num_frames - num_context) as frame_bar:
+            with (
+                self._scaled_adapters(attention_kwargs),
+                self.progress_bar(total=num_frames - num_context) as frame_bar,
+            ):
                 frame_bar.set_description("frames")
                 for index in range(num_frames - num_context):
                     frame = self._denoise_frame(
@@ -344,6 +351,34 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self._in_call = False
         self.maybe_free_model_hooks()
         return FARVideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _check_attention_kwargs(self, attention_kwargs: dict[str, Any] | None) -> None:
+        if attention_kwargs is None:
+            return
+        scale = attention_kwargs.get("scale", 1.0) if isinstance(attention_kwargs, dict) else None
+        if (
+            not isinstance(scale, int | float)
+            or not math.isfinite(scale)
+            or set(attention_kwargs) - {"scale"}
+        ):
+            raise ValueError(f'attention_kwargs={attention_kwargs!r} must be {{"scale": a number}}, or None')
+        if scale != 1 and not getattr(self.transformer, "peft_config", None):
+            raise ValueError(f"attention_kwargs={attention_kwargs!r}: there is no LoRA adapter to scale")
+
+    @contextmanager
+    def _scaled_adapters(self, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if scale == 1:
+            yield
+            return
+        layers = [module for module in self.transformer.modules() if hasattr(module, "scaling")]
+        before = [dict(layer.scaling) for layer in layers]
+        scale_lora_layers(self.transformer, scale)
+        try:
+            yield
+        finally:  # not divided again: a scale of 0 leaves nothing to divide
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
 
     def _denoise_frame(
         self,
