@@ -1,9 +1,4 @@
-"""What training reads: the videos of a videofolder, their latents, and the clips of a training step.
-
-A videofolder is `DATA/<split>/*.mp4`. `metadata.jsonl` has a line per video: `file_name` and, where known,
-one integer per frame as `actions` (`actions[t]` led to frame t) and as `revisits` (how many frames ago the
-view of frame t was last seen; 0 for never), and a `class_label`. Without metadata, a folder for each class,
-`DATA/<split>/<class>/*.mp4`, gives the labels: classes count from 0, by name.
+"""What training FAR reads: the latents of videos, and the clips of a training step.
 
 training/encode_latents.py writes a `.safetensors` per video, `LATENTS/<split>/<name>.safetensors`: `latents`
 float16 `[T, C, H, W]`, already scaled to unit deviation, `actions` and `revisits` int64 `[T]`, `class_label`
@@ -13,11 +8,7 @@ Shapes: B batch, F frames, C channels, H x W latent grid.
 """
 
 import hashlib
-import json
 import logging
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,152 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusers_far import read_video
-from diffusers_far.whole_files import written_whole
-
-VIDEO_ENDINGS = "avi|flv|gif|m4v|mkv|mov|mp4|mpeg|mpg|ts|webm|wmv"
 AUTOENCODER_KEY = "autoencoder_sha256"  # in the metadata of a file of latents
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Videos
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A video file and what is known of it."""
-
-    video: Path
-    actions: tuple[int, ...] | None = None  # one per frame
-    revisits: tuple[int, ...] | None = None  # one per frame
-    class_label: int | None = None
-
-
-def list_episodes(data: str | Path, split: str) -> list[Episode]:
-    """The episodes of a split, in the order of their file names.
-
-    Videos that the metadata do not list, and files that are no videos, are left out with a warning.
-
-    Raises:
-        ValueError: for a split without videos, and metadata that do not fit the files or the format.
-    """
-    folder = Path(data) / split
-    if not folder.is_dir():
-        raise ValueError(f"data={str(data)!r} has no folder {split!r}; it takes a videofolder")
-    tables = sorted(file for file in folder.rglob("metadata.*") if file.suffix in (".jsonl", ".parquet"))
-    videos = _videos(folder)
-    if tables:
-        episodes = [_episode(row, table) for table in tables for row in _rows(table)]
-        unlisted = set(videos)
-        for episode in episodes:
-            if episode.video not in unlisted:
-                raise ValueError(f"metadata name {episode.video}, which is no video, or twice")
-            unlisted.remove(episode.video)
-        _warn("metadata do not list", sorted(unlisted))
-    else:
-        classes = _class_names(Path(data))
-        labelled = len(classes) > 1 and all(video.parent.parent == folder for video in videos)
-        labels = [classes.index(video.parent.name) if labelled else None for video in videos]
-        episodes = [Episode(video, class_label=label) for video, label in zip(videos, labels, strict=True)]
-    files = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    _warn("are no videos", sorted(set(files) - set(videos) - set(tables)))
-    if not episodes:
-        raise ValueError(f"{folder} has no videos; a video's name ends in one of {VIDEO_ENDINGS}")
-    return sorted(episodes, key=lambda episode: episode.video)
-
-
-def _videos(folder: Path) -> list[Path]:
-    is_video = re.compile(rf"[^.].*\.({VIDEO_ENDINGS})", re.IGNORECASE).fullmatch
-    return sorted(file for file in folder.rglob("*") if is_video(file.name) and file.is_file())
-
-
-def _class_names(data: Path) -> list[str]:
-    """Of all splits together, so that a class has the same number in each."""
-    splits = [folder for folder in data.iterdir() if folder.is_dir()]
-    videos = [(split, video) for split in splits for video in _videos(split)]
-    return sorted({video.parent.name for split, video in videos if video.parent.parent == split})
-
-
-def _warn(reason: str, files: Sequence[Path]) -> None:
-    if files:
-        names = ", ".join(file.name for file in files[:10]) + (", ..." if len(files) > 10 else "")
-        logger.warning("left out, as %s (%d in %s): %s", reason, len(files), files[0].parent, names)
-
-
-def _rows(table: Path) -> list[Any]:
-    if table.suffix == ".parquet":
-        from pyarrow import parquet  # comes with `datasets`; few have such a file
-
-        return parquet.read_table(table).to_pylist()
-    try:
-        return [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{table} has a line that is no JSON ({error}): {error.doc[:80]}") from error
-
-
-def _episode(row: Any, table: Path) -> Episode:
-    """The episode of one row of the metadata, checked."""
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str):
-        raise ValueError(f"{table} has a line without file_name: {str(row)[:80]}")
-    where = f"{table}: {name}"
-    per_frame = []
-    for kind, least in (("actions", -1), ("revisits", 0)):
-        values = row.get(kind)
-        if values is not None and not isinstance(values, list):
-            raise ValueError(f"{where} has {kind} {values!r}; it takes a list of one integer per frame")
-        for frame, value in enumerate(values or ()):
-            _check_integer(value, least, f"{where} has {kind} {value!r} at frame {frame}")
-        per_frame.append(None if values is None else tuple(values))
-    label = row.get("class_label", row.get("label"))
-    if label is not None:
-        _check_integer(label, 0, f"{where} has class_label {label!r}")
-    return Episode(Path(os.path.normpath(table.parent / name)), *per_frame, label)
-
-
-def _check_integer(value: Any, least: int, found: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{found}; it takes integers of at least {least}")
-
-
-def load_frames(videos: Sequence[Path], cache_dir: str | Path) -> np.ndarray:
-    """Frames of all videos in a row: uint8 [N, H, W, 3], mapped from a file that is decoded only once.
-
-    The file is named after the paths, sizes and times of the videos: changed videos are decoded anew.
-    """
-    identity = [(str(video.resolve()), video.stat().st_size, video.stat().st_mtime_ns) for video in videos]
-    cache = Path(cache_dir) / f"frames-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.npy"
-    if not cache.exists():
-        logger.info("decoding %d videos into %s", len(videos), cache)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(cache) as partial:
-            _decode_into(partial, videos)
-    return np.load(cache, mmap_mode="r")
-
-
-def _decode_into(file: Path, videos: Sequence[Path]) -> None:
-    """Write a `.npy` of all frames, holding one video in memory at a time."""
-    size = read_video(videos[0]).shape[1:]
-    num_frames = 0
-    with open(file, "wb") as output:
-        header = {"descr": "|u1", "fortran_order": False}
-        # The header is padded, so that the true count fits in place of this one.
-        np.lib.format.write_array_header_1_0(output, {**header, "shape": (2**40, *size)})
-        end_of_header = output.tell()
-        for video in videos:
-            frames = read_video(video)
-            if frames.shape[1:] != size:
-                raise ValueError(
-                    f"{video}: frames of {frames.shape[1:]}; {videos[0]} has {size}: all must be equal"
-                )
-            output.write(frames.tobytes())
-            num_frames += len(frames)
-        output.seek(0)
-        np.lib.format.write_array_header_1_0(output, {**header, "shape": (num_frames, *size)})
-        if output.tell() != end_of_header:
-            raise RuntimeError(f"{file}: the header changed its length")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,6 +166,9 @@ class ClipBatches(Dataset[Clips]):
 
     It depends on (seed, i, rank) and nothing else, so that a run can stop and go on anywhere.
 
+    A clip is drawn from the videos that are long enough for it; those that are too short for any clip are
+    named in a warning.
+
     Raises:
         ValueError: for `num_frames` or `revisit_probability` that the videos do not allow.
     """
@@ -335,13 +186,15 @@ class ClipBatches(Dataset[Clips]):
     rank: int = 0  # of this process; the clip length is the same on all of them
 
     def __post_init__(self) -> None:
-        videos, least, most = self.videos, self.short_window or 1, min(self.videos.num_frames)
+        videos, least, most = self.videos, self.short_window or 1, max(self.videos.num_frames)
         if not least <= self.num_frames <= most:
-            shortest = videos.paths[videos.num_frames.index(most)]
+            longest = videos.paths[videos.num_frames.index(most)]
             raise ValueError(
-                f"num_frames={self.num_frames} must be from {least} (the window) to {most} (the shortest "
-                f"video, {shortest})"
+                f"num_frames={self.num_frames} must be from {least} (the window) to {most} (the longest "
+                f"video, {longest})"
             )
+        self._lengths = np.asarray(videos.num_frames)
+        self._warn_of_short_videos(self.short_window or self.num_frames)
         self._seen_before = None
         if self.revisit_probability > 0:
             if self.short_window is None or None in videos.revisits:
@@ -350,6 +203,16 @@ class ClipBatches(Dataset[Clips]):
                     "and latents with `revisits`, when each view was seen before"
                 )
             self._seen_before = videos.seen_before()
+
+    def _warn_of_short_videos(self, least: int) -> None:
+        (short,) = np.nonzero(self._lengths < least)
+        if len(short):
+            names = ", ".join(self.videos.paths[video].stem for video in short[:10])
+            logger.warning(
+                "%d of %d videos in %s are not used, as they are shorter than a clip of %d frames: %s",
+                *(len(short), len(self.videos), self.videos.folder, least),
+                names + (", ..." if len(short) > 10 else ""),
+            )
 
     def __getitem__(self, index: int) -> Clips:
         num_frames = self.num_frames
@@ -392,7 +255,8 @@ class ClipBatches(Dataset[Clips]):
                 chosen = rng.choice(fits)
                 end = int(rng.integers(first_end[chosen], last_end[chosen], endpoint=True))
                 return int(video[chosen]), end - num_frames
-        drawn = int(rng.integers(len(self.videos)))
+        (long_enough,) = np.nonzero(self._lengths >= num_frames)
+        drawn = int(long_enough[rng.integers(len(long_enough))])
         return drawn, int(rng.integers(self.videos.num_frames[drawn] - num_frames, endpoint=True))
 
     def _drop(self, conditions: list[Tensor | None], rng: np.random.Generator) -> Tensor | None:

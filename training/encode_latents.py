@@ -1,21 +1,31 @@
-"""Encode every video of a videofolder once, so that training FAR reads latents instead of frames.
+"""Encode every video of a source once, so that training FAR reads latents instead of frames.
 
-    python -m training.encode_latents DATA --autoencoder DIR --output LATENTS [--splits train validation]
+    python -m training.encode_latents DATA --autoencoder DIR --output LATENTS [--resolution 64] [--fps 10]
     accelerate launch -m training.encode_latents DATA ...              # several processes share the videos
 
-Writes LATENTS/<split>/<name of the video>.safetensors (training/clips.py has the format). The metadata of a
-file identify the autoencoder, by a hash of the encoder's weights and the scaling factor, and the video with
-its actions, revisits and class label. Finished files are kept, so a run can be started again; those whose
-video or actions have changed are made anew. A folder with latents of another autoencoder is refused.
+DATA is a folder of videos, a repo of the Hub, or anything else in docs/data.md. Writes
+LATENTS/<split>/<name of the video>.safetensors (training/clips.py has the format). With `--fps` or
+`--stride`, the action of a frame is the one that led to it from the frame before it in the video, and
+`revisits` are left out.
+
+The metadata of a file identify the autoencoder, by a hash of the encoder's weights and the scaling factor,
+and the video with its actions, revisits and class label, and with the options that its frames depend on.
+Finished files are kept, so a run can be started again; those whose video, actions or options have changed are
+made anew.
+A folder with latents of another autoencoder is refused.
 """
 
 import hashlib
 import logging
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderDC
@@ -23,10 +33,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusers_far import read_video
 from diffusers_far.whole_files import written_whole
-from training.clips import AUTOENCODER_KEY, Episode, list_episodes
-from training.options import Count, check_ranges, option, parse, script
+from training.clips import AUTOENCODER_KEY
+from training.episodes import Episode, Episodes
+from training.options import Count, FrameOptions, option, parse, script
+from training.sources import open_source
 
 EPISODE_KEY = "episode_sha256"  # in the metadata of a file of latents
 
@@ -34,17 +45,18 @@ logger = logging.getLogger("encode_latents")
 
 
 @dataclass(kw_only=True)
-class EncodeOptions:
+class EncodeOptions(FrameOptions):
     """Options of the script."""
 
     autoencoder: str = option(MISSING, "folder that save_pretrained wrote")
     output: str = option(MISSING, "folder for the latents")
-    splits: list[str] = option(["train", "validation"], "folders of the data to encode")
+    splits: list[str] = option(["train", "validation"], "parts of the data to encode")
     mixed_precision: Literal["no", "bf16"] = option("no", "number format of the encoder")
     batch_size: Count = option(50, "frames encoded at once")
+    ignore_actions: bool = option(False, "encode the videos without their actions")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if not (Path(self.autoencoder) / "config.json").is_file():
             raise ValueError(f"autoencoder={self.autoencoder!r} must be a folder with config.json")
 
@@ -61,22 +73,20 @@ def hash_autoencoder(autoencoder: AutoencoderDC) -> str:
     return digest.hexdigest()
 
 
-def hash_episode(episode: Episode) -> str:
-    """Hash of a video file and what is known of it."""
-    with episode.video.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+def hash_episode(episode: Episode, options: FrameOptions) -> str:
+    """Hash of a video, what is known of it, and which of its frames are used."""
+    digest = episode.video.digest()
     digest.update(repr((episode.actions, episode.revisits, episode.class_label)).encode())
-    return digest.hexdigest()
+    digest.update(options.identity.encode())
+    return str(digest.hexdigest())
 
 
 @torch.no_grad()
-def encode_video(autoencoder: AutoencoderDC, frames: Tensor, batch_size: int) -> Tensor:
-    """Scaled latents, float16 [T, C, h, w] on the CPU, of uint8 frames [T, H, W, 3]."""
-    latents = []
-    for chunk in frames.split(batch_size):
-        inputs = 2 * (chunk.to(autoencoder.device).movedim(-1, 1).float() / 255) - 1
-        latents.append(autoencoder.encode(inputs).latent.float() * autoencoder.config.scaling_factor)
-    encoded = torch.cat(latents)
+def encode_frames(autoencoder: AutoencoderDC, frames: list[np.ndarray]) -> Tensor:
+    """Scaled latents, float16 [T, C, h, w] on the CPU, of uint8 frames [H, W, 3]."""
+    pixels = torch.from_numpy(np.stack(frames)).to(autoencoder.device)
+    inputs = 2 * (pixels.movedim(-1, 1).float() / 255) - 1
+    encoded = autoencoder.encode(inputs).latent.float() * autoencoder.config.scaling_factor
     half = encoded.half()
     if not half.isfinite().all():
         raise ValueError(
@@ -110,53 +120,69 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def encode_episode(
-    autoencoder: AutoencoderDC, episode: Episode, file: Path, batch_size: int, metadata: dict[str, str]
+    autoencoder: AutoencoderDC, episode: Episode, file: Path, options: EncodeOptions, metadata: dict[str, str]
 ) -> None:
     """Write latents and labels of an episode to `file`, which appears when it is complete."""
-    frames = torch.from_numpy(read_video(episode.video))
-    height, width, factor = *frames.shape[1:3], autoencoder.spatial_compression_ratio
-    if height % factor or width % factor:
-        raise ValueError(
-            f"{episode.video}: frames of {height} x {width} pixels; it takes multiples of {factor}"
-        )
-    tensors = {}
-    for name, values in (("actions", episode.actions), ("revisits", episode.revisits)):
-        if values is not None:
-            if len(values) != len(frames):
-                raise ValueError(f"{episode.video}: {len(frames)} frames, but {len(values)} {name}")
-            tensors[name] = torch.tensor(values, dtype=torch.int64)
+    factor = autoencoder.spatial_compression_ratio
+    numbers: list[int] = []
+    latents: list[np.ndarray] = []
+    frames = episode.frames(options)
+    while batch := list(islice(frames, options.batch_size)):
+        height, width = batch[0][1].shape[:2]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"{episode.where}: frames of {height} x {width} pixels; it takes multiples of {factor}, or "
+                "give a resolution"
+            )
+        numbers += [number for number, _ in batch]
+        latents.append(encode_frames(autoencoder, [frame for _, frame in batch]).numpy())
+    tensors = {"latents": torch.from_numpy(np.concatenate(latents))}
+    if episode.actions is not None:
+        tensors["actions"] = torch.tensor(episode.actions, dtype=torch.int64)[numbers]
+    if episode.revisits is not None and numbers == list(range(len(episode.revisits))):
+        tensors["revisits"] = torch.tensor(episode.revisits, dtype=torch.int64)
     if episode.class_label is not None:
         tensors["class_label"] = torch.tensor(episode.class_label, dtype=torch.int64)
-    tensors["latents"] = encode_video(autoencoder, frames, batch_size)
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
 def encode_split(
-    autoencoder: AutoencoderDC, data: Path, split: str, options: EncodeOptions, own: str
+    autoencoder: AutoencoderDC,
+    episodes: Episodes,
+    split: str,
+    options: EncodeOptions,
+    own: str,
+    encoded: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Encode the episodes of a split that the output lacks; each process takes its share of them."""
+    """Encode the episodes of a split that the output lacks; each process takes its share of them.
+
+    Args:
+        own: hash of the autoencoder.
+        encoded: called with the number of episodes that this process has been through.
+    """
     folder = Path(options.output) / split
-    files: dict[Path, Episode] = {}
-    for episode in list_episodes(data, split):
-        name = episode.video.relative_to(data / split)
-        file = folder / name.parent / f"{name.stem}.safetensors"
-        if file in files:
-            raise ValueError(f"{episode.video} and {files[file].video} would both become {file}: rename one")
-        files[file] = episode
+    files = [folder / f"{name}.safetensors" for name in episodes.names]
+    if twice := [str(file) for file, number in Counter(files).items() if number > 1]:
+        raise ValueError(f"two videos would both become {twice[0]}: rename one")
     if strange := sorted(set(folder.rglob("*.safetensors")) - set(files)):
         names = ", ".join(str(file) for file in strange[:10])
-        raise ValueError(
-            f"output: {len(strange)} files are of no video of {data / split}: {names}; remove them"
-        )
-    with PartialState().split_between_processes(list(files.items())) as share:
-        for number, (file, episode) in enumerate(share, start=1):
-            metadata = {AUTOENCODER_KEY: own, EPISODE_KEY: hash_episode(episode)}
-            if not file.exists() or read_metadata(file) != metadata:
-                encode_episode(autoencoder, episode, file, options.batch_size, metadata)
-            if number % 50 == 0 or number == len(share):
-                logger.info("%s: %d of %d episodes", split, number, len(share))
+        raise ValueError(f"output: {len(strange)} files are of no video of {split}: {names}; remove them")
+    state = PartialState()
+    number = 0
+    for index, episode in enumerate(episodes):
+        if index % state.num_processes != state.process_index:
+            continue
+        file = folder / f"{episode.name}.safetensors"
+        metadata = {AUTOENCODER_KEY: own, EPISODE_KEY: hash_episode(episode, options)}
+        if not file.exists() or read_metadata(file) != metadata:
+            encode_episode(autoencoder, episode, file, options, metadata)
+        number += 1
+        encoded(number)
+        if number % 50 == 0:
+            logger.info("%s: %d of %d episodes", split, number, len(episodes))
+    logger.info("%s: %d of %d episodes", split, number, len(episodes))
 
 
 def main(command_line: list[str]) -> None:
@@ -168,9 +194,13 @@ def main(command_line: list[str]) -> None:
     if state.is_main_process:
         claim_folder(Path(options.output), own)
     state.wait_for_everyone()
+    source = open_source(data, options.ignore_actions)
+    if state.is_main_process:
+        for line in source.describe(options).splitlines():
+            logger.info(line)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
         for split in options.splits:
-            encode_split(autoencoder, Path(data), split, options, own)
+            encode_split(autoencoder, source.split(split), split, options, own)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ option is written with dashes or with underscores.
 import dataclasses
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,46 @@ def option(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class FrameOptions:
+    """Which frames of a video are used, and at which size."""
+
+    resolution: str | None = option(
+        None, "height and width of frames in pixels: 64, or 64x96; else their own"
+    )
+    fit: Literal["crop", "pad", "stretch"] = option(
+        "crop", "how a frame of another shape becomes that: its middle, with black borders, or distorted"
+    )
+    fps: Positive | None = option(
+        None, "frames a second, taken by the times at which a video shows them; else all frames"
+    )
+    stride: Count = option(1, "of these, every so many")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        _ = self.size
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width."""
+        if self.resolution is None:
+            return None
+        sides = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(self.resolution))
+        if sides is None:
+            raise ValueError(
+                f"resolution={self.resolution!r} must be a number of pixels, or two: 64, or 64x96"
+            )
+        return int(sides[1]), int(sides[2] or sides[1])
+
+    @property
+    def identity(self) -> str:
+        """What frames depend on, in words; empty if they are those of the video."""
+        words = [] if self.size is None else [f"{self.size} {self.fit}"]
+        words += [] if self.fps is None else [f"fps {self.fps}"]
+        words += [] if self.stride == 1 else [f"stride {self.stride}"]
+        return ", ".join(words)
 
 
 @dataclass(kw_only=True)
@@ -165,7 +206,7 @@ class FAROptions(RunOptions):
 
 
 @dataclass(kw_only=True)
-class AutoencoderOptions(RunOptions):
+class AutoencoderOptions(FrameOptions, RunOptions):
     """Options of training an autoencoder, some with defaults of their own."""
 
     max_train_steps: Count | None = option(10_000, "length of the run in steps of the optimizer")
@@ -176,10 +217,10 @@ class AutoencoderOptions(RunOptions):
     validation_steps: CountOrZero = option(500, "steps between two validations; 0 for none")
     save_steps: Count | None = option(500, "steps between two checkpoints, in place of save_minutes")
 
-    data: str = option(dataclasses.MISSING, "videofolder: <split>/*.mp4 and <split>/metadata.jsonl")
+    data: str = option(dataclasses.MISSING, "folder of videos, or another source of docs/data.md")
     cache_dir: str | None = option(None, "decoded frames; by default beside the data")
-    train_split: str = option("train", "folder of the training videos")
-    validation_split: str = option("validation", "folder of the held-out videos")
+    train_split: str = option("train", "part of the data to train on")
+    validation_split: str = option("validation", "part of the data that is held out")
     latent_channels: Count = option(16, "channels of a latent")
     block_out_channels: list[int] = option([32, 48, 96, 128], "channels of stages; each halves the size")
     layers_per_block: list[int] = option([0, 1, 1, 2], "their layers; 0 first: none at full resolution")
@@ -204,7 +245,8 @@ class AutoencoderOptions(RunOptions):
     num_scaling_frames: Count = option(4096, "training frames behind scaling_factor")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FrameOptions.__post_init__(self)
+        RunOptions.__post_init__(self)
         if self.warmup_steps is not None:
             if self.max_train_steps is None:
                 raise ValueError(

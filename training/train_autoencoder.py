@@ -1,4 +1,4 @@
-"""Train diffusers' `AutoencoderDC` on single frames of a videofolder.
+"""Train diffusers' `AutoencoderDC` on single frames of videos.
 
     python -m training.train_autoencoder RECIPE.yaml [--option value ...]
     python -m training.train_autoencoder --data DATA --output-dir OUTPUT [--option value ...]
@@ -31,10 +31,11 @@ from torch.nn import functional
 
 from evaluation.lpips import LPIPS
 from evaluation.metrics import psnr, sharpness
-from training.clips import list_episodes, load_frames
+from training.episodes import load_frames
 from training.options import AutoencoderOptions, parse, script
 from training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
 from training.run import Run
+from training.sources import open_source
 
 
 class Transform(NamedTuple):
@@ -84,9 +85,10 @@ class AutoencoderTrainer:
         self.run = Run("autoencoder", options)
         accelerator, device = self.run.accelerator, self.run.accelerator.device
         cache_dir = options.cache_dir or f"{options.data.rstrip('/')}.cache"
+        source = open_source(options.data, ignore_actions=True)
         with accelerator.main_process_first():  # the others find the decoded frames
             self.frames, held_out = (
-                load_frames([episode.video for episode in list_episodes(options.data, split)], cache_dir)
+                load_frames(source.split(split), cache_dir, options)
                 for split in (options.train_split, options.validation_split)
             )
         self.held_out_frames = spread(held_out, options.num_validation_frames)

@@ -124,11 +124,12 @@ class FARTrainer:
 
     def _memory_losses(self, videos: LatentVideos) -> dict[str, float]:
         """Of a Long model: the loss of noisy windows after right and wrong long-term frames (held out)."""
-        num_frames = min(MEMORY_FRAMES, self.options.num_frames, *videos.num_frames)
+        num_frames = min(MEMORY_FRAMES, self.options.num_frames)
         window = self.run.model.short_window
-        if window is None or num_frames <= window or len(videos) < 2:
+        chosen = [video for video, length in enumerate(videos.num_frames) if length >= num_frames]
+        chosen = chosen[:MEMORY_VIDEOS]
+        if window is None or num_frames <= window or len(chosen) < 2:
             return {}
-        chosen = range(min(MEMORY_VIDEOS, len(videos)))
         latents = torch.stack([videos.clip(video, 0, num_frames) for video in chosen])
         actions = [videos.actions[video] for video in chosen]
         known = None if actions[0] is None else torch.stack([values[:num_frames] for values in actions])

@@ -4,6 +4,7 @@ Nothing else in the package uses PyAV, which is imported when the first file is 
 """
 
 import itertools
+import math
 import os
 import secrets
 import stat
@@ -11,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -92,16 +94,53 @@ class VideoFile:
             with image:
                 self._check_size(image.width, image.height)
                 self.frame_rate = self._image_rate(image)
+                self.stated_frames = len(self._read(_frame_numbers, image))
+                self.height, self.width = image.height, image.width
         else:
             with self._open() as container:
-                self.frame_rate = _rate(self._stream(container))
+                stream = self._stream(container)
+                self.frame_rate = _rate(stream)
+                self.stated_frames = _stated_frames(container, stream)
+                self.height, self.width = stream.codec_context.height, stream.codec_context.width
 
     # `frame_rate`: frames per second, on average; None for a single image or where the file does not say.
     frame_rate: Fraction | None
+    # `stated_frames`: how many there are as the header says, or as its duration comes to; None if neither is
+    # there. `height` and `width`: of the header, before frames are turned upright.
+    stated_frames: int | None
+    height: int
+    width: int
 
     def frames(self) -> Iterator[np.ndarray]:
         """All frames, as [`iterate_video`] gives them."""
         return self._same_size(self._image_frames() if self._is_image else self._all_frames())
+
+    def timed_frames(
+        self, start: float = 0.0, end: float = math.inf
+    ) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        """Frames with the time at which each is shown, in seconds from the beginning of the video.
+
+        A frame is a function that draws it, as [`iterate_video`] gives it: one that is left out costs no more
+        than its decoding. Times are those of the file, so that those of a variable rate are not even.
+
+        Args:
+            start, end: seconds; frames shown before `start`, or at `end` or later, are left out. With a
+                `start`, reading begins at a key frame before it, and the file is not checked to be whole.
+        """
+        rate = self.frame_rate or Fraction(1)
+        if self._is_image:
+            for number, image in enumerate(self._image_frames()):
+                if start <= number / rate < end:
+                    yield float(number / rate), partial(np.asarray, image)
+            return
+        for number, (frame, draw) in enumerate(self._shown_frames(start)):
+            if frame.pts is None and start > 0:
+                raise self._error("does not say when each frame is shown: it cannot be read from a time on")
+            shown = number / rate if frame.pts is None else (frame.pts - draw.start) * draw.time_base
+            if shown >= end:
+                return
+            if shown >= start:
+                yield float(shown), partial(draw, frame)
 
     def last_frames(self, num_frames: int) -> Iterator[np.ndarray]:
         """The last `num_frames` frames, or all if there are fewer, in order.
@@ -214,10 +253,16 @@ class VideoFile:
 
     def _all_frames(self) -> Iterator[np.ndarray]:
         """All frames of the file; anything missing or damaged is an error."""
+        return (draw(frame) for frame, draw in self._shown_frames())
+
+    def _shown_frames(self, start: float = 0.0) -> Iterator[tuple["VideoFrame", "_Drawing"]]:
+        """All frames, as they are decoded; from a key frame before `start` seconds on, if it is not 0."""
         num_packets, num_frames, end = 0, 0, Fraction(0)
         with self._open() as container:
             stream = self._stream(container)
             draw = _Drawing(stream)
+            if start > 0:
+                self._seek(container, stream, draw.start + int(Fraction(start) / draw.time_base))
             for packet in self._packets(container, list(container.streams)):
                 if packet.pts is not None and packet.time_base is not None:
                     end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -226,7 +271,9 @@ class VideoFile:
                 num_packets += packet.dts is not None or packet.size > 0
                 for frame in self._decoded(packet, num_frames):
                     num_frames += 1
-                    yield draw(frame)
+                    yield frame, draw
+            if start > 0:
+                return
             self._check_last_packet(container)
             if num_packets < stream.frames:
                 raise self._error(f"is cut off: {num_packets} of its {stream.frames} frames are there")
@@ -345,6 +392,17 @@ def _rate(stream: "VideoStream") -> Fraction | None:
     return stream.average_rate or stream.guessed_rate
 
 
+def _stated_frames(container: "InputContainer", stream: "VideoStream") -> int | None:
+    if stream.frames:
+        return stream.frames
+    rate, seconds = _rate(stream), None
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = stream.duration * stream.time_base
+    elif container.duration is not None:
+        seconds = Fraction(container.duration, 1_000_000)
+    return None if rate is None or seconds is None else round(seconds * rate)
+
+
 def _stated_duration(container: "InputContainer") -> Fraction | None:
     """Seconds that the header states, of the formats where it is exact; FFmpeg estimates it for others."""
     exact = container.format.name.startswith(("matroska", "flv")) and container.duration is not None
@@ -359,6 +417,7 @@ class _Drawing:
 
         self.reformatter = VideoReformatter()  # one for all frames: setting it up costs more than a frame
         self.matrix: tuple[int, int, int, int] | None = None
+        self.time_base, self.start = stream.time_base or Fraction(1), stream.start_time or 0
         self.aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
 
     def __call__(self, frame: "VideoFrame") -> np.ndarray:

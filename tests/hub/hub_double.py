@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub on loopback: the part of its protocol that uploads and downloads take.
 
 No such server exists as a package. Repositories are dictionaries in memory, one version per branch; a private
-one answers only to the token. Large-file storage is not played: every file is a regular one.
+one answers only to the token. Data sets, named such as datasets/me/walks, can be read only. Large-file
+storage is not played: every file is a regular one.
 """
 
 import base64
@@ -143,6 +144,22 @@ def build(hub: HubDouble) -> FastAPI:
             for file, data in files.items()
             if file.startswith(path)
         ]
+
+    @app.get("/api/datasets/{owner}/{name}")
+    @app.get("/api/datasets/{owner}/{name}/revision/{revision}")
+    async def dataset_info(owner: str, name: str, request: Request, revision: str = "main") -> Any:
+        info = await model_info(f"datasets/{owner}", name, request, revision)
+        return info | {"id": f"{owner}/{name}"}
+
+    @app.get("/api/datasets/{owner}/{name}/tree/{revision}")
+    async def dataset_tree(owner: str, name: str, revision: str, request: Request) -> Any:
+        return await tree(f"datasets/{owner}", name, revision, request)
+
+    @app.api_route("/datasets/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+    async def resolve_in_dataset(
+        owner: str, name: str, revision: str, path: str, request: Request
+    ) -> Response:
+        return await resolve(f"datasets/{owner}", name, revision, path, request)
 
     @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
     async def resolve(owner: str, name: str, revision: str, path: str, request: Request) -> Response:

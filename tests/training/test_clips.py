@@ -1,7 +1,5 @@
-"""training/clips.py: what is read of videos and latents, what is refused, and which clips a batch has."""
+"""training/clips.py: what is read of latents, what is refused, and which clips a batch has."""
 
-import json
-import logging
 import math
 from pathlib import Path
 
@@ -10,107 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny_latents import write_latents
-from training.clips import ClipBatches, LatentVideos, list_episodes
+from training.clips import ClipBatches, LatentVideos
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> LatentVideos:
     return LatentVideos(write_latents(tmp_path_factory.mktemp("latents")) / "train")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Videos: only their names are read here
-
-
-def split(folder: Path, *names: str, rows: list[dict] | None = None) -> Path:
-    """A data set whose train split has empty files of these names."""
-    for name in names:
-        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "train" / name).touch()
-    if rows is not None:
-        (folder / "train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_metadata_say_what_is_known_of_a_video(tmp_path: Path) -> None:
-    rows = [{"file_name": "b [1].mp4", "actions": [0, -1, 2]}, {"file_name": "a.mkv", "class_label": 3}]
-    rows[0]["revisits"] = [0, 0, 2]
-    episodes = list_episodes(split(tmp_path / "my [data]", "b [1].mp4", "a.mkv", rows=rows), "train")
-    assert [episode.video.name for episode in episodes] == ["a.mkv", "b [1].mp4"]
-    assert (episodes[0].actions, episodes[0].revisits, episodes[0].class_label) == (None, None, 3)
-    assert (episodes[1].actions, episodes[1].revisits, episodes[1].class_label) == (
-        (0, -1, 2),
-        (0, 0, 2),
-        None,
-    )
-
-
-def test_metadata_in_parquet_and_in_subfolders(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    split(tmp_path, "one/a.mp4", "two/a.mp4")
-    for part, action in (("one", 1), ("two", 2)):
-        table = pyarrow.table({"file_name": ["a.mp4"], "actions": [[action, action]]})
-        parquet.write_table(table, tmp_path / "train" / part / "metadata.parquet")
-    assert [episode.actions for episode in list_episodes(tmp_path, "train")] == [(1, 1), (2, 2)]
-
-
-def test_folders_of_classes_give_the_same_labels_in_every_split(tmp_path: Path) -> None:
-    split(tmp_path, "dogs/1.mp4", "cats/1.mp4", "birds/1.mp4")
-    (tmp_path / "validation/dogs").mkdir(parents=True)
-    (tmp_path / "validation/dogs/2.mp4").touch()
-    labels = {episode.video.parent.name: episode.class_label for episode in list_episodes(tmp_path, "train")}
-    assert labels == {"birds": 0, "cats": 1, "dogs": 2}
-    assert [episode.class_label for episode in list_episodes(tmp_path, "validation")] == [2]
-
-
-def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    split(tmp_path, "a.mp4", "b.gif", "c.webm", "notes.txt", ".hidden", rows=[{"file_name": "a.mp4"}])
-    with caplog.at_level(logging.WARNING):
-        assert [episode.video.name for episode in list_episodes(tmp_path, "train")] == ["a.mp4"]
-    unlisted, others = (record.getMessage() for record in caplog.records)
-    assert "metadata do not list" in unlisted and unlisted.endswith("b.gif, c.webm")
-    assert "no videos" in others and others.endswith("notes.txt")
-    (tmp_path / "train/metadata.jsonl").unlink()
-    names = [episode.video.name for episode in list_episodes(tmp_path, "train")]
-    assert names == ["a.mp4", "b.gif", "c.webm"]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"file_name": "elsewhere.mp4"}, r"metadata name .*train/elsewhere\.mp4, which is no video"),
-        ({"file_name": "../../secret.mp4"}, r"metadata name .*secret\.mp4, which is no video"),
-        ({"actions": [1]}, "has a line without file_name"),
-        (
-            {"file_name": "a.mp4", "actions": [0, 0.5]},
-            r"metadata\.jsonl: a\.mp4 has actions 0\.5 at frame 1; it takes integers of at least -1",
-        ),
-        ({"file_name": "a.mp4", "actions": ["left"]}, r"a\.mp4 has actions 'left' at frame 0"),
-        ({"file_name": "a.mp4", "actions": [True]}, r"a\.mp4 has actions True at frame 0"),
-        ({"file_name": "a.mp4", "actions": [-2]}, r"a\.mp4 has actions -2 at frame 0"),
-        ({"file_name": "a.mp4", "actions": "012"}, r"a\.mp4 has actions '012'; it takes a list"),
-        ({"file_name": "a.mp4", "label": "cat"}, r"a\.mp4 has class_label 'cat'"),
-    ],
-)
-def test_metadata_that_do_not_fit_are_named(tmp_path: Path, row: dict, message: str) -> None:
-    (tmp_path / "secret.mp4").touch()
-    with pytest.raises(ValueError, match=message):
-        list_episodes(split(tmp_path / "data", "a.mp4", rows=[row]), "train")
-
-
-def test_bad_splits_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no folder 'test'"):
-        list_episodes(tmp_path, "test")
-    rows = [{"file_name": "a.mp4"}, {"file_name": "./a.mp4"}]
-    with pytest.raises(ValueError, match=r"metadata name .*a\.mp4, which is no video, or twice"):
-        list_episodes(split(tmp_path / "twice", "a.mp4", rows=rows), "train")
-    with pytest.raises(ValueError, match=r"train has no videos; .*\|mp4\|"):
-        list_episodes(split(tmp_path, "notes.txt"), "train")
-    (tmp_path / "train/metadata.jsonl").write_text("{not json\n")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl has a line that is no JSON .*: \{not json"):
-        list_episodes(tmp_path, "train")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -256,8 +159,32 @@ def test_clips_of_revisits(tmp_path: Path) -> None:
 
 def test_clips_longer_than_a_video_are_refused(videos: LatentVideos) -> None:
     with pytest.raises(
-        ValueError, match=r"num_frames=13 must be from 1 .* to 12 \(the shortest video, .*00000"
+        ValueError, match=r"num_frames=13 must be from 1 .* to 12 \(the longest video, .*00000"
     ):
         ClipBatches(videos, 1, 13)
     with pytest.raises(ValueError, match="num_frames=2 must be from 3"):
         ClipBatches(videos, 1, 2, short_window=3)
+
+
+def test_videos_that_are_too_short_are_named_and_the_rest_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One short video limits no other; a Long model uses it in clips that are short enough."""
+    for name, num_frames in (("a", 9), ("b", 3), ("c", 5)):
+        write(tmp_path / f"{name}.safetensors", num_frames)
+    videos = LatentVideos(tmp_path)
+    batches = ClipBatches(videos, 16, 6)
+    assert "2 of 3 videos in" in caplog.text and "shorter than a clip of 6 frames: b, c" in caplog.text
+    assert {Path(source.split()[0]).stem for source in batches[0].sources} == {"a"}
+    caplog.clear()
+    batches = ClipBatches(videos, 64, 6, short_window=3)
+    assert not caplog.text
+    used = {index: {Path(source.split()[0]).stem for source in batches[index].sources} for index in range(20)}
+    lengths = {index: batches[index].latents.shape[1] for index in used}
+    assert set(lengths.values()) == {3, 4, 5, 6}
+    fitting = {3: {"a", "b", "c"}, 4: {"a", "c"}, 5: {"a", "c"}, 6: {"a"}}
+    assert all(used[index] == fitting[length] for index, length in lengths.items())
+    with pytest.raises(
+        ValueError, match=r"num_frames=10 must be from 1 .* to 9 \(the longest video, .*a\.saf"
+    ):
+        ClipBatches(videos, 1, 10)

@@ -1,5 +1,6 @@
 """`training/encode_latents.py` on videos of noise, with a random autoencoder of a few thousand parameters."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_far import read_video
+from tests.video_writing import numbered_frames
+from tests.video_writing import write_video as numbered_video
 from training import encode_latents as script
 from training.clips import LatentVideos
+from training.options import FrameOptions
+from training.sources import open_source
 
 NUM_FRAMES = 7
 
@@ -135,7 +140,9 @@ def test_corrupt_video_is_named_and_leaves_nothing(data: Path, tmp_path: Path) -
     video.write_bytes(video.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"00001\.mp4.* cannot be read as a video"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents")
-    assert [path.name for path in (tmp_path / "latents/train").iterdir()] == ["00000.safetensors"]
+    assert list(tmp_path.rglob("*.safetensors")) == [
+        tmp_path / "autoencoder/diffusion_pytorch_model.safetensors"
+    ]
 
 
 def test_wrong_number_of_actions_is_named(data: Path, tmp_path: Path) -> None:
@@ -214,12 +221,12 @@ def test_what_would_be_lost_or_stale_is_named(data: Path, tmp_path: Path) -> Non
     for file in data.glob("*/metadata.jsonl"):
         file.unlink()
     shutil.copy(data / "train/00001.mp4", data / "train/00001.mkv")
-    with pytest.raises(ValueError, match=r"00001\.mp4 and .*00001\.mkv would both become .*: rename one"):
+    with pytest.raises(ValueError, match=r"two videos would both become .*00001\.safetensors: rename one"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents")
     (data / "train/00001.mkv").unlink()
     encode(data, tmp_path / "autoencoder", tmp_path / "latents")
     (data / "train/00001.mp4").unlink()
-    with pytest.raises(ValueError, match=r"1 files are of no video of .*train: .*00001\.safetensors; remove"):
+    with pytest.raises(ValueError, match=r"1 files are of no video of train: .*00001\.safetensors; remove"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents")
 
 
@@ -236,3 +243,47 @@ def test_a_video_that_does_not_fit_the_autoencoder_is_named(data: Path, tmp_path
     write_video(data / "train/00001.mp4", 1, height=34, width=33)
     with pytest.raises(ValueError, match=r"00001\.mp4: frames of 34 x 33 pixels; it takes multiples of 2"):
         encode(data, tmp_path / "autoencoder", tmp_path / "latents")
+
+
+def test_videos_of_mixed_size_length_and_rate(tmp_path: Path) -> None:
+    """They become latents of one size and pace, with the action that led to each frame that is kept."""
+    data = tmp_path / "data"
+    rows = []
+    for name, rate, num_frames, size in (
+        ("a", 10, 9, (32, 48)),
+        ("b", 20, 20, (48, 32)),
+        ("c", 30, 7, (64, 64)),
+    ):
+        numbered_video(data / f"{name}.mp4", numbered_frames(num_frames, *size), rate)
+        rows.append(
+            {"file_name": f"{name}.mp4", "actions": list(range(num_frames)), "revisits": [0] * num_frames}
+        )
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_autoencoder(tmp_path / "autoencoder")
+    sizes = ("--resolution", "16x24", "--fps", "10")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", *sizes)
+    files = {file.stem: load_file(file) for file in tmp_path.glob("latents/*/*.safetensors")}
+    assert {tuple(content["latents"].shape[1:]) for content in files.values()} == {(4, 8, 12)}
+    assert files["a"]["actions"].tolist() == list(range(9)) and "revisits" in files["a"]
+    assert files["b"]["actions"].tolist() == list(range(0, 20, 2)) and "revisits" not in files["b"]
+    assert files["c"]["actions"].tolist() == [0, 3, 6]
+    assert len(LatentVideos(tmp_path / "latents/train")) == 1  # two are held out
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--resolution", "16x24", "--stride", "2")
+    (again,) = (load_file(file) for file in tmp_path.glob("latents/*/c.safetensors"))
+    assert again["actions"].tolist() == [0, 2, 4, 6]  # other options, other frames
+
+
+def test_an_episode_without_actions(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "latents", "--ignore_actions")
+    assert list(load_file(tmp_path / "latents/train/00001.safetensors")) == ["latents"]
+
+
+def test_hashes_of_earlier_latents_stay_valid(data: Path) -> None:
+    """What was encoded before there were options is not encoded anew."""
+    (first, _) = open_source(data).split("train")
+    expected = hashlib.sha256((data / "train/00000.mp4").read_bytes())
+    expected.update(repr((tuple(range(NUM_FRAMES)), None, None)).encode())
+    assert script.hash_episode(first, FrameOptions()) == expected.hexdigest()
+    other = FrameOptions(resolution="16")
+    assert script.hash_episode(first, other) != script.hash_episode(first, FrameOptions())

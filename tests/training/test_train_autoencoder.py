@@ -17,8 +17,9 @@ from diffusers import AutoencoderDC
 from diffusers_far import read_video
 from evaluation.metrics import sharpness
 from training import train_autoencoder as script
-from training.clips import list_episodes, load_frames
-from training.options import AutoencoderOptions, parse
+from training.episodes import Episode, Episodes, RecordedVideo, load_frames
+from training.options import AutoencoderOptions, FrameOptions, parse
+from training.sources import open_source
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frames_of(data: Path, split: str) -> np.ndarray:
-    return np.array(load_frames([episode.video for episode in list_episodes(data, split)], f"{data}.cache"))
+    return np.array(load_frames(open_source(data).split(split), f"{data}.cache", FrameOptions()))
 
 
 def test_training_lowers_the_loss(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -306,25 +307,30 @@ def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_pat
     assert AutoencoderDC.from_pretrained(tmp_path / "run/autoencoder").config.latent_channels == 4
 
 
+def decode(videos: list[Path], cache: Path) -> np.ndarray:
+    episodes = Episodes.of([Episode(video.stem, RecordedVideo(video)) for video in videos], [])
+    return load_frames(episodes, cache, FrameOptions())
+
+
 def test_frames_are_decoded_once_and_anew_when_a_video_changes(tmp_path: Path) -> None:
     videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
     for seed, video in enumerate(videos):
         write_video(video, moving_square(seed))
-    frames = load_frames(videos, tmp_path / "cache")
+    frames = decode(videos, tmp_path / "cache")
     assert isinstance(frames, np.memmap) and frames.shape == (24, 32, 32, 3)
     assert np.array_equal(frames[12:], read_video(videos[1]))
     assert np.abs(frames[:12].astype(int) - moving_square(0)).mean() < 4  # the codec is nearly lossless
-    load_frames(videos, tmp_path / "cache")
+    decode(videos, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1
     write_video(videos[1], moving_square(7)[:5])
-    assert len(load_frames(videos, tmp_path / "cache")) == 17
+    assert len(decode(videos, tmp_path / "cache")) == 17
 
 
 def test_corrupt_video_is_named_and_leaves_no_cache(tmp_path: Path) -> None:
     write_video(tmp_path / "good.mp4", moving_square(0))
     (tmp_path / "broken.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"broken\.mp4.* cannot be read as a video"):
-        load_frames([tmp_path / "good.mp4", tmp_path / "broken.mp4"], tmp_path / "cache")
+        decode([tmp_path / "good.mp4", tmp_path / "broken.mp4"], tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -332,4 +338,4 @@ def test_videos_of_different_sizes_are_refused(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", moving_square(0))
     write_video(tmp_path / "b.mp4", moving_square(1)[:, :16])
     with pytest.raises(ValueError, match=r"b\.mp4: frames of \(16, 32, 3\).* has \(32, 32, 3\)"):
-        load_frames([tmp_path / "a.mp4", tmp_path / "b.mp4"], tmp_path / "cache")
+        decode([tmp_path / "a.mp4", tmp_path / "b.mp4"], tmp_path / "cache")
