@@ -6,6 +6,7 @@
 The folder is what `FARVideoPipeline.from_pretrained` loads; it appears when it is complete.
 """
 
+import json
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -72,6 +73,10 @@ def main(command_line: list[str]) -> None:
     ).to(getattr(torch, options.dtype))
     with written_whole(Path(options.output)) as partial:
         pipeline.save_pretrained(partial)
+        for file in partial.glob("*/config.json"):
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)  # where the weights were on this machine
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for file in partial.rglob("*"):  # safetensors makes its files private
             file.chmod(0o755 if file.is_dir() else 0o644)
 

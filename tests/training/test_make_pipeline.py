@@ -46,6 +46,8 @@ def test_folder_loads_with_its_defaults(parts, tmp_path):
     assert pipeline.vae.config.scaling_factor == 0.5
     assert pipeline(num_frames=2, actions=[0, 1], output_type="pt").frames.shape == (1, 2, 3, 16, 16)
     assert not list(tmp_path.glob("*.partial"))
+    for file in output.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text()  # no folder of this machine
     stored = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
     weights = sum(p.numel() for part in (pipeline.transformer, pipeline.vae) for p in part.parameters())
     assert stored < 2.5 * weights + 50_000
