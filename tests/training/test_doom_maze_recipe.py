@@ -32,19 +32,21 @@ def checkout(repository: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(checkout: Path, **environment: str) -> int:
+def run(checkout: Path, *words: str, **environment: str) -> int:
     environment = os.environ | {"PYTHON": str(checkout / "python")} | environment
-    return subprocess.run(["training/recipes/doom_maze.sh"], cwd=checkout, env=environment).returncode
+    command = ["training/recipes/doom_maze.sh", *words]
+    return subprocess.run(command, cwd=checkout, env=environment).returncode
 
 
 def commands(checkout: Path) -> list[list[str]]:
     return [shlex.split(line) for line in (checkout / "commands").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("form", [(), ("--gpu",)])
 def test_every_step_has_options_that_its_script_takes(
-    checkout: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    form: tuple[str, ...], checkout: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(checkout) == 0
+    assert run(checkout, *form) == 0
     monkeypatch.chdir(repository)
     kinds = {
         "training.train_autoencoder": (AutoencoderOptions,),
@@ -72,6 +74,8 @@ def test_every_step_has_options_that_its_script_takes(
     assert memory.pretrained == any_step.pretrained == f"{far.output_dir}/ema"
     assert pipeline.transformer == f"{far.output_dir}/ema"
     assert memory_pipeline.transformer == f"{memory.output_dir}/ema"
+    sizes = [options.batch_size for options in (first, second, far, any_step, memory)]
+    assert sizes == ([128, 64, 192, 64, 192] if form else [16, 16, 16, 16, 8])
     joined = sorted((checkout / memory.latents).rglob("*.safetensors"))
     assert [str(path.relative_to(checkout / memory.latents)) for path in joined] == [
         *(f"train/explore/{name}.safetensors" for name in ("00000", "00150", "00249")),
