@@ -374,6 +374,51 @@ def test_rewinding_too_far() -> None:
     assert (rollout.num_frames, rollout.num_rewindable_frames) == (4, 0)
 
 
+@pytest.mark.parametrize("name", ["base-actions", "long-actions"])
+def test_attention_of_a_model_that_looks_everywhere_alike(name: str) -> None:
+    model = MODELS[name]()
+    for block in model.transformer_blocks:  # queries of zero: every token has the same share
+        torch.nn.init.zeros_(block.attn.to_q.weight)
+        torch.nn.init.zeros_(block.attn.to_q.bias)
+    rollout = make_rollout(model, 6)
+    continue_rollout(rollout, 1)
+    long, short = model.tokens_per_frame(GRID, GRID)
+    tokens = {slot.frame: long if slot.is_long else short for slot in rollout.cache.slots}
+    shares = rollout.frame_attention()
+    total = sum(tokens.values()) + short  # and the frame itself
+    assert shares == pytest.approx({frame: count / total for frame, count in tokens.items()}, rel=1e-4)
+    assert sorted(shares) == list(range(6))
+
+
+def test_attention_under_a_slope_is_on_what_is_near() -> None:
+    rollout = make_rollout(long_transformer(num_actions=4), 8, flex_rope_slope=5.0)
+    continue_rollout(rollout, 2)
+    shares = rollout.frame_attention()
+    frames = sorted(shares)
+    assert frames[-1] == rollout.num_frames - 2 and sum(shares.values()) < 1
+    assert all(shares[one] >= shares[other] for one, other in itertools.pairwise(reversed(frames)))
+    assert shares[frames[-1]] > 100 * shares[frames[0]]
+
+
+def test_looking_changes_nothing() -> None:
+    model = long_transformer(num_actions=4)
+    expected = roll(model, 6, 4)
+    rollout = make_rollout(model, 6)
+    made = []
+    for index in range(4):
+        assert rollout.frame_attention() == {} if index == 0 else rollout.frame_attention()
+        frame = rollout.num_frames
+        made.append(
+            rollout.step_latents(
+                action_table(frame + 1)[:, -1], noise(*latents(BATCH, 1).shape, seed=100 + index)
+            )
+        )
+    assert relative_error(torch.cat(made, dim=1), expected) <= TOLERANCE
+    rollout.rewind(2)
+    assert rollout.frame_attention() == {} or max(rollout.frame_attention()) < rollout.num_frames - 1
+    assert make_rollout(model, 6, use_cache=False).frame_attention() == {}
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_branches_of_a_fork_share_nothing_that_changes(use_cache: bool) -> None:
     model = long_transformer(num_actions=4)

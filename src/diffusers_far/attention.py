@@ -92,6 +92,11 @@ class FARAttnProcessor:
         query, key = rotate(torch.cat([query, key], dim=2), image_rotary_emb).chunk(2, dim=2)
         if cache is not None:
             key, value = cache.extend(key, value)
+        attended = self.attend(query, key, value, attention_mask)
+        return attn.project_out(attended.flatten(2, 3).to(query.dtype), streams)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Attention `[B, N, heads, head_dim]` over `[B, Nk, heads, head_dim]` keys, by the set backend."""
         backend, parallel_config = self._attention_backend, self._parallel_config
         active = backend or _AttentionBackendRegistry.get_active_backend()[0]
         if attention_mask is not None:
@@ -100,12 +105,29 @@ class FARAttnProcessor:
         exact_on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
         nothing_set = backend is None and active == AttentionBackendName.NATIVE and parallel_config is None
         if nothing_set and one_frame and exact_on_cpu:
-            attended = matmul_attention(query, key, value, attention_mask)
-        else:
-            attended = dispatch_attention_fn(
-                query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
-            )
-        return attn.project_out(attended.flatten(2, 3).to(query.dtype), streams)
+            return matmul_attention(query, key, value, attention_mask)
+        return dispatch_attention_fn(
+            query, key, value, attention_mask, backend=backend, parallel_config=parallel_config
+        )
+
+
+class MeasuringAttnProcessor(FARAttnProcessor):
+    """Attends as usual, and keeps how much the tokens of one frame look at each key.
+
+    `weights` has a row `[Nk]` for each layer that used it, the mean over sequences, heads and queries.
+    """
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * query.shape[-1] ** -0.5
+        if attention_mask is not None and attention_mask.is_floating_point():
+            scores = scores + attention_mask
+        elif attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, float("-inf"))
+        self.weights.append(scores.softmax(dim=-1).mean(dim=(0, 1, 2)))
+        return super().attend(query, key, value, attention_mask)
 
 
 class FARAttention(RefusesCaching, nn.Module, AttentionModuleMixin):

@@ -225,7 +225,7 @@ class FARCache:
     def _drop(self, slot: Slot) -> None:
         hole = self.slots.index(slot)
         last = max(index for index, other in enumerate(self.slots) if other.is_long == slot.is_long)
-        ends = list(accumulate(self._sizes()))
+        ends = list(accumulate(self.token_counts))
         size = self.long_tokens if slot.is_long else self.short_tokens
         # The last frame of this level moves into the hole, and what lies behind that frame moves up.
         for layer in self.layers:
@@ -236,7 +236,9 @@ class FARCache:
         self.slots[hole] = self.slots[last]
         del self.slots[last]
 
-    def _sizes(self) -> list[int]:
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens of each of `slots`."""
         return [self.long_tokens if slot.is_long else self.short_tokens for slot in self.slots]
 
     def reset(self) -> None:
@@ -246,7 +248,7 @@ class FARCache:
 
     def _sync(self) -> None:
         # Numbers and a tensor: a compiled forward that read the lists would be compiled anew every frame.
-        places, sizes = [slot.position for slot in self.slots], self._sizes()
+        places, sizes = [slot.position for slot in self.slots], self.token_counts
         self.num_tokens = sum(sizes)  # of context
         self.next_position = max(places, default=-1) + 1  # after the latest one
         positions, repeats = torch.tensor([places, sizes], dtype=torch.long)

@@ -10,6 +10,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .attention import MeasuringAttnProcessor
 from .context_schedule import ContextFrames, ContextSchedule
 from .flow_matching import CLEAN_TIMESTEP, check_scheduler, set_timesteps
 from .inputs import check_integer, check_number, label_tensor
@@ -253,6 +254,32 @@ class Rollout:
             del self._latents[frame], self._actions[frame]
         if self.cache is not None:
             self.cache.reconcile([slot for slot in self.cache.slots if slot.frame < self.num_frames])
+
+    @torch.no_grad()
+    def frame_attention(self) -> dict[int, float]:
+        """How much the frame that `step` made last looks at each frame of its context.
+
+        One more forward of that frame, clean, in which no other thread may use the model.
+
+        Returns:
+            Share of its attention by number of frame, the mean over layers, heads and tokens; what is missing
+            to 1 is its attention to itself. Empty where no context is cached, as after `reset` or `change`.
+        """
+        newest = self.num_frames - 1
+        if self.cache is None or newest not in self._latents or not self.cache.slots:
+            return {}
+        if any(slot.frame >= newest for slot in self.cache.slots):
+            return {}
+        slots, processors = list(self.cache.slots), self.transformer.attn_processors
+        measuring = MeasuringAttnProcessor()
+        self.transformer.set_attn_processor(measuring)
+        try:
+            self._forward([Slot(newest, False, newest)])
+        finally:
+            self.transformer.set_attn_processor(processors)
+        weights, counts = torch.stack(measuring.weights).mean(dim=0), self.cache.token_counts
+        shares = weights[: sum(counts)].split(counts)
+        return {slot.frame: float(share.sum()) for slot, share in zip(slots, shares, strict=True)}
 
     def fork(self) -> "Rollout":
         """Another rollout that goes on from here. The two share the model, and nothing that changes."""

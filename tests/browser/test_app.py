@@ -161,6 +161,10 @@ def test_play(page: Page, tmp_path: Path, repository: Path) -> None:
 def test_settings_and_starts(page: Page) -> None:
     wait_for_frame(page, START_FRAME)
     expect(page.locator(".far-status")).to_contain_text("25 long-term and 7 short-term frames")
+    expect(page.locator(".far-strip")).to_have_attribute("data-looked", "0")
+    page.check(".far-look")
+    page.click(".far-step")
+    expect(page.locator(".far-strip")).to_have_attribute("data-looked", "32")
     page.uncheck(".far-memory")
     page.fill(".far-steps", "2")
     page.click(".far-step")

@@ -50,6 +50,10 @@ def test_a_game_by_messages(server: PlayServer) -> None:
     assert [number for number, _ in reply["earlier"]] == [0, 1, 2, 3, 4]
     reply = server.step({"player": PLAYER, "action": 2, "settings": SETTINGS})
     assert reply["number"] == 6 and reply["image"].startswith("data:image/jpeg;base64,")
+    assert reply["attention"] is None
+    reply = server.step({"player": PLAYER, "action": 2, "settings": SETTINGS, "look": True})
+    shares = dict(reply["attention"])
+    assert sorted(shares) == list(range(7)) and 0 < sum(shares.values()) < 1
     assert server.save({"player": PLAYER})["video"].startswith("data:video/mp4;base64,")
     assert server.leave({"player": PLAYER}) == {} and server.players.num_players == 0
 
@@ -117,6 +121,12 @@ def test_a_message_of_another_shape(server: PlayServer, message: Any) -> None:
         with pytest.raises(HTTPException) as refused:
             answering(function)(message)
         assert refused.value.status_code == 422
+
+
+def test_a_look_that_the_page_never_asks_for(server: PlayServer) -> None:
+    begin(server)
+    with pytest.raises(HTTPException, match="look=1 must be true or false"):
+        answering(server.step)({"player": PLAYER, "settings": SETTINGS, "look": 1})
 
 
 def test_a_game_that_is_not_there(server: PlayServer) -> None:

@@ -155,7 +155,7 @@ def test_games_go_first(pipe: FARVideoPipeline, monkeypatch: pytest.MonkeyPatch)
     """However many frames of other tabs are waiting."""
     players, order, begun, go = Players(), [], threading.Event(), threading.Event()
     players.start("anna", lambda: Game(pipe, settings=SETTINGS))
-    monkeypatch.setattr(Game, "step", lambda game, action, settings: order.append("game"))
+    monkeypatch.setattr(Game, "step", lambda game, *arguments: order.append("game"))
 
     def block() -> None:
         begun.set()

@@ -52,9 +52,10 @@ async function draw(reply) {
     pictures.get(number).src = earlier;
     await pictures.get(number).decode();
   }
-  const kept = new Set([...reply.long, ...reply.short, reply.number]);
+  const looked = new Map(reply.attention ?? []);
+  const kept = new Set([...reply.long, ...reply.short, reply.number, ...looked.keys()]);
   pictures = new Map([...pictures].filter(([number]) => kept.has(number)));
-  drawStrip(reply.long, reply.short);
+  drawStrip(reply.long, reply.short, looked);
   arrivals = [...arrivals, performance.now()].slice(-20);
   const rate = arrivals.length > 1 ? (1000 * (arrivals.length - 1)) / (arrivals.at(-1) - arrivals[0]) : 0;
   const model = reply.milliseconds ? (1000 / reply.milliseconds).toFixed(1) : "-";
@@ -65,8 +66,11 @@ async function draw(reply) {
   element.dataset.frame = reply.number;
 }
 
-// Long-term frames small, as the model sees them coarsely; those of the window large.
-function drawStrip(long, short) {
+// Long-term frames small, as the model sees them coarsely; those of the window large. Where attention is known, a
+// frame is as bright as its share of it among the frames of its level.
+function drawStrip(long, short, looked) {
+  const brightest = [long, short].map((level) => Math.max(...level.map((number) => looked.get(number) ?? 0)));
+  strip.dataset.looked = looked.size;
   const columns = Math.max(1, Math.floor(strip.parentElement.clientWidth / CELL));
   const context = [...long.map((number) => [number, "#e0a030", 4]), ...short.map((number) => [number, "#4a90d9", 1])];
   strip.width = columns * CELL;
@@ -77,7 +81,10 @@ function drawStrip(long, short) {
     stripPen.fillStyle = color;
     stripPen.fillRect(left, top, CELL - 2, CELL - 2);
     const picture = pictures.get(number), size = CELL - 2 - 2 * margin;
+    const most = brightest[index < long.length ? 0 : 1];
+    stripPen.globalAlpha = most > 0 ? 0.1 + (0.9 * (looked.get(number) ?? 0)) / most : 1;
     if (picture) stripPen.drawImage(picture, left + margin, top + margin, size, size);
+    stripPen.globalAlpha = 1;
   });
 }
 
@@ -116,7 +123,7 @@ async function step() {
   if (waiting || !options) return;
   if (!alive) await begin();
   if (!alive) return;
-  const reply = await ask("step", { action: action(), settings: settings() });
+  const reply = await ask("step", { action: action(), settings: settings(), look: find("look").checked });
   if (reply) await draw(reply);
 }
 

@@ -113,12 +113,16 @@ class PlayServer:
         return self.starts[index].frames, self.starts[index].actions
 
     def step(self, message: Message) -> Message:
-        """The next frame, led to by `action`, with `settings`."""
+        """The next frame, led to by `action`, with `settings`; with `look`, where it looks."""
         action = message.get("action")
         if action is not None:
             last = (self.pipeline.transformer.config.num_actions or 1) - 1
             check_range("action", action, -1, last, whole=True)
-        return reply(self.players.step(player_id(message), action, game_settings(message.get("settings"))))
+        look = message.get("look", False)
+        if not isinstance(look, bool):
+            raise ValueError(f"look={shown(look)} must be true or false")
+        settings = game_settings(message.get("settings"))
+        return reply(self.players.step(player_id(message), action, settings, look))
 
     def save(self, message: Message) -> Message:
         """The game so far as an mp4, in a data URL."""
@@ -174,4 +178,5 @@ def reply(frame: GameFrame) -> Message:
         "short": list(frame.context.short),
         "milliseconds": frame.milliseconds,
         "megabytes": frame.cache_megabytes,
+        "attention": None if frame.attention is None else list(frame.attention.items()),
     }

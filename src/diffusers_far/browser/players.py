@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +62,7 @@ class GameFrame:
         context: the frames that the next one will see, numbered in the same way.
         milliseconds: that the model took, decoding included; 0 for a frame that it did not make.
         cache_megabytes: keys and values of the context.
+        attention: share of its attention that the frame pays to each frame of its context, where asked for.
     """
 
     image: np.ndarray
@@ -69,6 +70,7 @@ class GameFrame:
     context: ContextFrames
     milliseconds: float
     cache_megabytes: float
+    attention: dict[int, float] | None = None
 
 
 class Game:
@@ -132,12 +134,15 @@ class Game:
             "context_schedule": schedule.for_model(window, self.max_context_frames),
         }
 
-    def step(self, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
+    def step(
+        self, action: int | None = None, settings: GameSettings | None = None, look: bool = False
+    ) -> GameFrame:
         """The next frame.
 
         Args:
             action: that leads to it.
             settings: from now on; the context is computed anew where they changed.
+            look: measure which frames of the context it looks at.
 
         Raises:
             ValueError: for an action or a setting that the model does not take.
@@ -148,7 +153,8 @@ class Game:
             self.settings = settings
         image = self.rollout.step(action)[0]
         self.recording.append((255 * image).round().astype(np.uint8))
-        return self.last_frame(1e3 * (time.perf_counter() - began))
+        frame = self.last_frame(1e3 * (time.perf_counter() - began))
+        return replace(frame, attention=self.rollout.frame_attention()) if look else frame
 
     def last_frame(self, milliseconds: float = 0.0) -> GameFrame:
         """The newest frame; a gray one if there is none yet."""
@@ -229,7 +235,13 @@ class Players:
             )
         return min(resting)[1]
 
-    def step(self, player: str, action: int | None = None, settings: GameSettings | None = None) -> GameFrame:
+    def step(
+        self,
+        player: str,
+        action: int | None = None,
+        settings: GameSettings | None = None,
+        look: bool = False,
+    ) -> GameFrame:
         """The next frame of a player's game.
 
         Raises:
@@ -237,7 +249,7 @@ class Players:
             ValueError: see [`Game.step`].
         """
         game = self._game(player)
-        return self._compute(GAME, lambda: game.step(action, settings))
+        return self._compute(GAME, lambda: game.step(action, settings, look))
 
     def recording(self, player: str) -> list[np.ndarray]:
         """The last frames of a player's game, `[H, W, 3]` uint8 each."""
