@@ -22,8 +22,8 @@ RATE, SECONDS = 30, 10  # of the part that is repeated
 READ = """
 import re, sys, time
 from pathlib import Path
-from training.episodes import Episode, RecordedVideo
-from training.options import FrameOptions
+from diffusers_far.training.episodes import Episode, RecordedVideo
+from diffusers_far.training.options import FrameOptions
 
 def peak():  # of this process since it began; ru_maxrss would include its parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -15,7 +15,7 @@ metadata.jsonl, as data/doom_maze.py records it. Seeds are fixed. Four parts:
   `return_frame` in its metadata): the 16 frames from `return_frame` on after all frames before it.
 - `rollout`: long rollouts with the default context, actions of the episodes repeated in a cycle. In blocks of
   100 frames: sharpness, colour spread and wall colours (see `appearance`), beside those of the real episodes.
-- `loss`: the loss of a noisy window after right and wrong long-term frames (evaluation/memory_loss.py).
+- `loss`: the loss of a noisy window after right and wrong long-term frames (`diffusers_far.memory_loss`).
 
 Writes all figures as JSON and a plot, and prints Markdown tables. Two processes of one thread each are the
 fastest on two cores: `OMP_NUM_THREADS=1`, one with `--parts curve`, one with `--parts scripted rollout loss`.
@@ -41,12 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from data.doom_maze_files import revisited_frames
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
+from diffusers_far.lpips import LPIPS
+from diffusers_far.memory_loss import change_long_frames, memory_loss
+from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.video_files import read_video
 from diffusers_far.whole_files import written_whole
-from evaluation.lpips import LPIPS
 from evaluation.machine import describe
-from evaluation.memory_loss import change_long_frames, memory_loss
-from evaluation.metrics import psnr, sharpness
 from evaluation.world_model import by_frames_ahead, decode, encode, perceptual_distance, predict
 
 PARTS = ("curve", "scripted", "rollout", "loss")

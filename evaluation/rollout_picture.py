@@ -20,8 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far.metrics import sharpness
 from diffusers_far.video_files import read_video
-from evaluation.metrics import sharpness
 
 
 def contact_sheet(rows: list[Tensor], zoom: int = 2, gap: int = 2) -> Image.Image:

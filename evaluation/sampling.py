@@ -27,9 +27,9 @@ from diffusers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far.lpips import LPIPS
+from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.whole_files import written_whole
-from evaluation.lpips import LPIPS
-from evaluation.metrics import psnr, sharpness
 from evaluation.world_model import decode, encode, load_clips, perceptual_distance, predict
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

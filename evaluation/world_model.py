@@ -28,10 +28,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import FARVideoPipeline
+from diffusers_far.lpips import LPIPS
+from diffusers_far.metrics import horizontal_shift, psnr, sharpness, zoom
 from diffusers_far.video_files import read_video
 from diffusers_far.whole_files import written_whole
-from evaluation.lpips import LPIPS
-from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
 
 FORWARD, LEFT, RIGHT = 1, 2, 3
 CLEAR_SHIFT = 3  # pixels between two frames from which a turn of the true video is clear

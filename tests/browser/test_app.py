@@ -21,9 +21,9 @@ from diffusers_far.browser.app import serve as serve_app
 from diffusers_far.browser.players import Players
 from diffusers_far.browser.uploads import MAX_UPLOAD_MB
 from diffusers_far.browser.visitors import Visitors
+from diffusers_far.metrics import horizontal_shift
 from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.video_files import read_video
-from evaluation.metrics import horizontal_shift
 from tests.tiny_models import pipeline, transformer
 
 START_FRAME = 31  # a start has 32 frames

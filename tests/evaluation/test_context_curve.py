@@ -11,6 +11,7 @@ import torch
 
 from diffusers_far import ContextSchedule
 from diffusers_far.flow_matching import CLEAN_TIMESTEP
+from diffusers_far.memory_loss import SIGMA, change_long_frames, memory_loss
 from evaluation import context_curve
 from evaluation.context_curve import (
     TARGETS,
@@ -18,7 +19,6 @@ from evaluation.context_curve import (
     observed_revisits,
     wall_colours,
 )
-from evaluation.memory_loss import SIGMA, change_long_frames, memory_loss
 from evaluation.world_model import predict
 from tests.tiny_models import generator, latents, long_transformer, max_error, pipeline, transformer
 

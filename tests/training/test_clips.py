@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusers_far.training.clips import ClipBatches, LatentVideos
 from tests.tiny_latents import write_latents
-from training.clips import ClipBatches, LatentVideos
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from training.encode_latents import EncodeOptions
-from training.make_pipeline import PipelineOptions
-from training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
+from diffusers_far.training.encode_latents import EncodeOptions
+from diffusers_far.training.make_pipeline import PipelineOptions
+from diffusers_far.training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
 
 # Stands in for python: notes its words, and makes the folder that the real one would leave.
 PYTHON = """#!/usr/bin/env bash

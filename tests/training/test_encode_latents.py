@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_far import read_video
+from diffusers_far.training import encode_latents as script
+from diffusers_far.training.clips import LatentVideos
+from diffusers_far.training.options import FrameOptions
+from diffusers_far.training.sources import open_source
 from tests.video_writing import numbered_frames
 from tests.video_writing import write_video as numbered_video
-from training import encode_latents as script
-from training.clips import LatentVideos
-from training.options import FrameOptions
-from training.sources import open_source
 
 NUM_FRAMES = 7
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from diffusers_far import read_video
+from diffusers_far.training.episodes import ArrayVideo, EmbeddedVideo, Episode, RecordedVideo, fit
+from diffusers_far.training.options import FrameOptions
 from tests.video_writing import numbered_frames, numbers, write_video
-from training.episodes import ArrayVideo, EmbeddedVideo, Episode, RecordedVideo, fit
-from training.options import FrameOptions
 
 
 def episode(file: Path, **known: Any) -> Episode:
@@ -164,7 +164,7 @@ def test_what_does_not_fit_the_frames_is_named(tmp_path: Path) -> None:
 def test_images_of_two_sizes_take_a_resolution(tmp_path: Path) -> None:
     from PIL import Image
 
-    from training.episodes import ImageSequence
+    from diffusers_far.training.episodes import ImageSequence
 
     files = []
     for number, side in enumerate((8, 8, 12)):

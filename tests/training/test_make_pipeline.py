@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderDC, UniPCMultistepScheduler
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
-from training.make_pipeline import main
+from diffusers_far.training.make_pipeline import main
 
 
 @pytest.fixture

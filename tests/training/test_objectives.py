@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, sample_flow_map_steps
 from diffusers_far.kv_cache import Slot
+from diffusers_far.training.clips import Clips
+from diffusers_far.training.matmul_attn_processor import MatmulAttnProcessor
+from diffusers_far.training.objectives import NUM_TEACHER_STEPS, FlowMap, FlowMatching, draw_noise
+from diffusers_far.training.options import FAROptions, ModelOptions, parse
+from diffusers_far.training.train_far import FARTrainer
 from tests.tiny_models import TOLERANCE, generator, latents, long_transformer, relative_error, transformer
-from training.clips import Clips
-from training.matmul_attn_processor import MatmulAttnProcessor
-from training.objectives import NUM_TEACHER_STEPS, FlowMap, FlowMatching, draw_noise
-from training.options import FAROptions, ModelOptions, parse
-from training.train_far import FARTrainer
 
 WINDOW = 4
 

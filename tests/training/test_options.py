@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_far.training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
 from tests.tiny_latents import run_options
-from training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
 
 
 def parse_far(command: list[str]) -> tuple[ModelOptions, FAROptions]:

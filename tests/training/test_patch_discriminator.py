@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
+from diffusers_far.training.patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
 
 
 @pytest.mark.parametrize(("num_downsamples", "patch"), [(1, 16), (2, 34), (3, 70)])

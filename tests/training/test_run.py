@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_far.training.options import FAROptions, ModelOptions, parse
+from diffusers_far.training.run import Run
+from diffusers_far.training.train_far import FARTrainer
 from tests.tiny_latents import LONG, averaged_weights, read_log, run_options, write_latents
-from training.options import FAROptions, ModelOptions, parse
-from training.run import Run
-from training.train_far import FARTrainer
 
 
 @pytest.fixture(scope="module")

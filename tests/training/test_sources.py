@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from diffusers_far.training.options import FrameOptions
+from diffusers_far.training.sources import Source, hold_out, open_source
 from tests.conftest import REPOSITORY
 from tests.hub.hub_double import HubDouble, Repository, serve
 from tests.video_writing import numbered_frames, numbers, write_video
-from training.options import FrameOptions
-from training.sources import Source, hold_out, open_source
 
 DATA = REPOSITORY.parent / "shared" / "data"
 
@@ -558,7 +558,7 @@ def on_hub(hub: HubDouble, home: Path, code: str) -> subprocess.CompletedProcess
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    command = [sys.executable, "-c", "from training.sources import open_source\n" + code]
+    command = [sys.executable, "-c", "from diffusers_far.training.sources import open_source\n" + code]
     return subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, timeout=300
     )

@@ -15,11 +15,11 @@ import torch
 from diffusers import AutoencoderDC
 
 from diffusers_far import read_video
-from evaluation.metrics import sharpness
-from training import train_autoencoder as script
-from training.episodes import Episode, Episodes, RecordedVideo, load_frames
-from training.options import AutoencoderOptions, FrameOptions, parse
-from training.sources import open_source
+from diffusers_far.metrics import sharpness
+from diffusers_far.training import train_autoencoder as script
+from diffusers_far.training.episodes import Episode, Episodes, RecordedVideo, load_frames
+from diffusers_far.training.options import AutoencoderOptions, FrameOptions, parse
+from diffusers_far.training.sources import open_source
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_far import FARTransformer3DModel
+from diffusers_far.training.options import FAROptions, ModelOptions, parse
+from diffusers_far.training.train_far import FARTrainer
 from tests.tiny_latents import LONG, averaged_weights, read_log, run_options, write_latents
-from training.options import FAROptions, ModelOptions, parse
-from training.train_far import FARTrainer
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusers_far.inputs import fit_frame
-from diffusers_far.video_files import VideoFile, rgb_pixels
-from diffusers_far.whole_files import written_whole
-from training.options import FrameOptions
+from ..inputs import fit_frame
+from ..video_files import VideoFile, rgb_pixels
+from ..whole_files import written_whole
+from .options import FrameOptions
 
 Picture = Callable[[], np.ndarray]  # draws a frame, `[H, W, 3]` uint8
 TimedFrames = Iterator[tuple[float | None, Picture]]  # with seconds from the beginning, where they are known

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from evaluation.lpips import LPIPS, ArrayUnpickler
+from diffusers_far.lpips import LPIPS, ArrayUnpickler
 
 
 @pytest.fixture(scope="module", params=["alexnet", "vgg16"])

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from training.episodes import (
+from .episodes import (
     ArrayVideo,
     EmbeddedVideo,
     Episode,
@@ -45,7 +45,7 @@ from training.episodes import (
     Stated,
     no_actions,
 )
-from training.options import FrameOptions
+from .options import FrameOptions
 
 VIDEO_ENDINGS = "avi|flv|gif|m4v|mkv|mov|mp4|mpeg|mpg|ts|webm|wmv"
 SPLITS = {"train": "train"} | dict.fromkeys(("validation", "valid", "val"), "validation") | {"test": "test"}

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from diffusers_far.attention import FARAttention
-from diffusers_far.kv_cache import LayerCache
-from diffusers_far.matmul_attention import matmul_attention
-from diffusers_far.rope import RotaryEmbedding
-from diffusers_far.tokens import Streams
+from ..attention import FARAttention
+from ..kv_cache import LayerCache
+from ..matmul_attention import matmul_attention
+from ..rope import RotaryEmbedding
+from ..tokens import Streams
 
 
 class MatmulAttnProcessor:

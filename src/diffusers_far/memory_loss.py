@@ -8,8 +8,8 @@ for the log of a training run. Of a model that remembers, `right` is the least, 
 import torch
 from torch import Tensor
 
-from diffusers_far import FARTransformer3DModel
-from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, velocity_target
+from .flow_matching import CLEAN_TIMESTEP, add_noise, velocity_target
+from .transformer_far import FARTransformer3DModel
 
 SIGMA = 0.8  # share of noise in the window
 RECENT = 16  # long-term frames that `recent` keeps

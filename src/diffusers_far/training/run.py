@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from training.options import RunOptions
+from .options import RunOptions
 
 logger = logging.getLogger(__name__)
 

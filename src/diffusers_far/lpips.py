@@ -51,7 +51,7 @@ def convolution(arrays: dict[str, np.ndarray]) -> nn.Conv2d:
     module = nn.Conv2d(in_channels, out_channels, size, stride, padding, bias="bias" in arrays)
     module.weight.data = kernel
     if "bias" in arrays:
-        module.bias.data = torch.from_numpy(arrays["bias"])
+        module.bias = nn.Parameter(torch.from_numpy(arrays["bias"]))
     return module
 
 

@@ -9,7 +9,7 @@ Shapes: B batch, F frames, C channels, H x W latent grid.
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,9 @@ class Clips:
     sources: tuple[str, ...]  # where each is from
 
     def to(self, device: torch.device) -> "Clips":
-        values = (value.to(device) if isinstance(value, Tensor) else value for value in vars(self).values())
-        return Clips(*values)
+        actions = None if self.actions is None else self.actions.to(device)
+        labels = None if self.class_labels is None else self.class_labels.to(device)
+        return replace(self, latents=self.latents.to(device), actions=actions, class_labels=labels)
 
     @property
     def before(self) -> Tensor:

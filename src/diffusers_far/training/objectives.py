@@ -8,12 +8,12 @@ Shapes: B batch, F frames, W frames of the window, C channels, H x W latent grid
 
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_far import FARCache, FARTransformer3DModel
-from diffusers_far.flow_matching import (
+from ..flow_matching import (
     CLEAN_TIMESTEP,
     add_noise,
     frame_loss,
@@ -22,8 +22,9 @@ from diffusers_far.flow_matching import (
     sample_sigmas,
     velocity_target,
 )
-from diffusers_far.kv_cache import Slot
-from training.clips import Clips
+from ..kv_cache import FARCache, Slot
+from ..transformer_far import FARTransformer3DModel
+from .clips import Clips
 
 NUM_TEACHER_STEPS = 8  # for the longest step of a flow map; shorter ones take as many
 
@@ -51,7 +52,9 @@ class FlowMatching:
     def loss(self, clips: Clips, generator: torch.Generator) -> Tensor:
         """Squared error of the velocity, mean over noisy frames: `[]`."""
         noise, sigmas = draw_noise(clips, generator)
-        clean = sample_clean_frames(sigmas.shape, self.clean_context_probability, generator=generator)
+        clean = sample_clean_frames(
+            (len(noise), clips.window), self.clean_context_probability, generator=generator
+        )
         own_context = chance(self.own_context_probability, generator)
         if chance(self.noisy_window_probability, generator):
             clean, sigmas, own_context = torch.zeros_like(clean), sigmas[:, :1].expand(sigmas.shape), False
@@ -84,7 +87,7 @@ class FlowMap:
         self, model: nn.Module, teacher: FARTransformer3DModel, own_context_probability: float = 0.0
     ) -> None:
         self.model = model
-        self.network: FARTransformer3DModel = getattr(model, "module", model)  # of several processes
+        self.network: Any = getattr(model, "module", model)  # of several processes
         self.teacher = teacher.requires_grad_(False)
         self.own_context_probability = own_context_probability
 

@@ -1,4 +1,4 @@
-"""The measures of evaluation/metrics.py, on pictures whose motion is known."""
+"""The measures of diffusers_far/metrics.py, on pictures whose motion is known."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from evaluation.metrics import horizontal_shift, psnr, sharpness, zoom
+from diffusers_far.metrics import horizontal_shift, psnr, sharpness, zoom
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""Train FAR on encoded videos.
+
+    python -m training.train_far training/recipes/far_doom_maze.yaml --latents LATENTS --output-dir OUTPUT
+    accelerate launch -m training.train_far RECIPE.yaml ...            # several processes
+
+A recipe is a YAML file of the options below; options on the command line win. OUTPUT gets `ema/` (averaged
+weights, as `FARTransformer3DModel.from_pretrained` reads them), `log.jsonl`, and `checkpoint-<step>/` to
+go on from with `--resume-from latest`. Clips, noise and timesteps of a step depend on the seed and the step
+only, so a run of `--max-train-steps` that was interrupted ends with the weights of one that was not, bit for
+bit.
+
+The objective is flow matching, as published (section 3 of the paper), or with `--objective flow_map` an
+any-step model is made of a trained one (training/objectives.py).
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..memory_loss import memory_loss
+from ..transformer_far import FARTransformer3DModel
+from .clips import ClipBatches, Clips, LatentVideos
+from .matmul_attn_processor import MatmulAttnProcessor
+from .objectives import FlowMap, FlowMatching
+from .options import FAROptions, ModelOptions, parse, script
+from .run import Run
+
+MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
+
+
+class FARTrainer:
+    """What training FAR adds to a run."""
+
+    def __init__(self, sizes: ModelOptions, options: FAROptions) -> None:
+        self.options = options
+        # The weights of long-term tokens have no part in a clip as short as the window.
+        self.run = Run("far", options, find_unused_parameters=True)
+        videos = LatentVideos(Path(options.latents) / "train")
+        model, teacher = create_models(sizes, options, in_channels=videos.frame_shape[0])
+        self.batches = self._batches(videos, model)
+        self.validation_batches = None
+        if options.validation_steps:
+            held_out = LatentVideos(Path(options.latents) / "validation")
+            self.validation_batches = self._batches(held_out, model, held_out_of=videos)
+        self.network = model
+        config, data = dict(model.config), videos.fingerprint()
+        optimizers = create_optimizers(model, options)
+        self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
+        self.models = [self.model]
+        own_context = options.own_context_probability
+        self.objective: FlowMap | FlowMatching
+        if teacher is None:
+            noisy_windows = options.noisy_window_probability
+            clean_context = options.clean_context_probability
+            self.objective = FlowMatching(self.model, clean_context, own_context, noisy_windows)
+        else:
+            self.objective = FlowMap(self.model, teacher.to(self.run.accelerator.device), own_context)
+
+    def _batches(
+        self, videos: LatentVideos, model: FARTransformer3DModel, held_out_of: LatentVideos | None = None
+    ) -> ClipBatches:
+        options, held_out = self.options, held_out_of is not None
+        if held_out_of is not None and videos.frame_shape != held_out_of.frame_shape:
+            raise ValueError(
+                f"{videos.folder} has latents of {videos.frame_shape}, {held_out_of.folder} of "
+                f"{held_out_of.frame_shape}: both must be equal"
+            )
+        videos.keep_conditions(model.config.num_actions, model.config.num_classes)
+        return ClipBatches(
+            videos,
+            options.batch_size,
+            options.num_frames,
+            model.short_window,
+            "uniform" if held_out else options.length_distribution,
+            0.0 if held_out else options.revisit_probability,
+            0.0 if held_out else options.condition_dropout,
+            seed=1 if held_out else options.seed,
+            rank=self.run.accelerator.process_index,
+        )
+
+    def train(self) -> bool:
+        """From the first step, or the checkpoint to resume from, to the end; False if a signal ended it."""
+        return self.run.train(self)
+
+    def step(self, index: int) -> dict[str, float]:
+        """Forward and backward of batch `index` of the run."""
+        run, clips = self.run, next(self._clips).to(self.run.accelerator.device)
+        frames = len(clips.latents) * clips.window * run.accelerator.num_processes
+        loss, max_norm = self.loss(clips, index), self.options.max_grad_norm
+        return {
+            **run.descend(loss, self.model, self.optimizers, max_norm, clips.sources),
+            "frames": frames,
+        }
+
+    def loss(self, clips: Clips, index: int) -> Tensor:
+        """Of batch `index` of the run."""
+        return self.objective.loss(clips, self.run.generator(index))
+
+    @cached_property
+    def _clips(self) -> Iterator[Clips]:
+        """The batches from the step on at which this process begins."""
+        remaining = range(self.run.clock.step * self.options.gradient_accumulation_steps, 2**62)
+        workers = self.options.dataloader_workers
+        return iter(DataLoader(self.batches, batch_size=None, sampler=remaining, num_workers=workers))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean losses on the held-out clips, with fixed noise."""
+        run, batches = self.run, self.validation_batches
+        assert batches is not None
+        means = {}
+        for name, objective in self.objective.held_out().items():
+            losses = [
+                objective.loss(batches[index].to(run.accelerator.device), run.generator(index, seed=1))
+                for index in range(self.options.validation_batches)
+            ]
+            means[name] = float(run.accelerator.reduce(torch.stack(losses).mean(), "mean"))
+        return means | self._memory_losses(batches.videos)
+
+    def _memory_losses(self, videos: LatentVideos) -> dict[str, float]:
+        """Of a Long model: the loss of noisy windows after right and wrong long-term frames (held out)."""
+        num_frames = min(MEMORY_FRAMES, self.options.num_frames)
+        window = self.network.short_window
+        chosen = [video for video, length in enumerate(videos.num_frames) if length >= num_frames]
+        chosen = chosen[:MEMORY_VIDEOS]
+        if window is None or num_frames <= window or len(chosen) < 2:
+            return {}
+        latents = torch.stack([videos.clip(video, 0, num_frames) for video in chosen])
+        actions = [videos.actions[video] for video in chosen]
+        known = None
+        if actions[0] is not None:
+            known = torch.stack([values[:num_frames] for values in actions if values is not None])
+        with self.run.accelerator.autocast():
+            losses = memory_loss(self.network, latents, known, num_frames, torch.Generator().manual_seed(0))
+        return {f"memory_{name}": value for name, value in losses.items()}
+
+    def save_weights(self) -> None:
+        self.run.export("ema", self.network.save_pretrained)
+
+
+def create_models(
+    sizes: ModelOptions, options: FAROptions, in_channels: int
+) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None]:
+    """The model as training begins and, for a flow map, the trained one that it learns from."""
+    teacher = None
+    if options.pretrained is None:
+        model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes))
+    else:
+        model = FARTransformer3DModel.from_pretrained(options.pretrained)
+        sizes.check_unused(model.config)
+        if model.config.in_channels != in_channels:
+            raise ValueError(
+                f"pretrained={options.pretrained!r} takes {model.config.in_channels} channels; "
+                f"{options.latents} has {in_channels}"
+            )
+    if options.objective == "flow_map":
+        teacher = model
+        model = FARTransformer3DModel.from_config(teacher.config, use_meanflow=True)
+        model.load_state_dict(teacher.state_dict(), strict=False)  # it may have no weights for intervals
+    if options.attention == "matmul":
+        for network in (model, teacher or model):
+            network.set_attn_processor(MatmulAttnProcessor())
+    if options.compile:
+        model.compile_repeated_blocks(dynamic=True)
+    return model, teacher
+
+
+def create_optimizers(model: FARTransformer3DModel, options: FAROptions) -> list[torch.optim.Optimizer]:
+    """AdamW and, with a rate for it, Muon for the matrices of the blocks."""
+    weights = dict(model.named_parameters())
+    optimizers: list[torch.optim.Optimizer] = []
+    if options.muon_learning_rate is not None:
+        blocks = model.transformer_blocks.named_parameters(prefix="transformer_blocks")
+        matrices = [weights.pop(name) for name, weight in blocks if weight.ndim == 2]
+        rate = options.muon_learning_rate
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    rate, betas = options.learning_rate, (options.adam_beta1, options.adam_beta2)
+    adamw = torch.optim.AdamW(list(weights.values()), lr=rate, betas=betas, weight_decay=0.0, fused=True)
+    return [adamw, *optimizers]
+
+
+def main(command_line: list[str]) -> None:
+    with script():
+        trainer = FARTrainer(*parse(command_line, (ModelOptions, FAROptions), __doc__))
+        if not trainer.train():
+            sys.exit(128 + (trainer.run.received_signal or 0))  # as the shell says of what a signal ended
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
