@@ -9,7 +9,7 @@ The folder is what `FARVideoPipeline.from_pretrained` loads; it appears when it 
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -43,6 +43,19 @@ class PipelineOptions:
             raise ValueError(f"output={self.output!r} is there already; it takes a new folder")
 
 
+def save_pipeline(pipeline: FARVideoPipeline, folder: Path) -> None:
+    """Write a pipeline to a folder, with files that all may read: safetensors makes its files private."""
+    pipeline.save_pretrained(folder)
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+def make_scheduler(solver: str) -> Any:
+    if solver == "UniPC":
+        return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    return FlowMatchEulerDiscreteScheduler()
+
+
 def main(command_line: list[str]) -> None:
     (options,) = parse(command_line, (PipelineOptions,), __doc__)
     transformer = FARTransformer3DModel.from_pretrained(options.transformer)
@@ -52,24 +65,18 @@ def main(command_line: list[str]) -> None:
             f"autoencoder={options.autoencoder!r} has latents of {vae.config.latent_channels} channels; the "
             f"transformer takes {transformer.config.in_channels}"
         )
-    if options.solver == "UniPC":
-        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler()
     pipeline = FARVideoPipeline(
         transformer,
         vae,
-        scheduler,
+        make_scheduler(options.solver),
         flex_rope_slope=options.flex_rope_slope,
         num_inference_steps=options.num_inference_steps,
         sample_size=options.sample_size,
         num_training_frames=options.num_training_frames,
         action_names=options.action_names,
     ).to(getattr(torch, options.dtype))
-    with written_whole(Path(options.output)) as partial:
-        pipeline.save_pretrained(partial)
-        for file in partial.rglob("*"):  # safetensors makes its files private
-            file.chmod(0o755 if file.is_dir() else 0o644)
+    with written_whole(Path(options.output)) as unfinished:
+        save_pipeline(pipeline, unfinished)
 
 
 if __name__ == "__main__":
