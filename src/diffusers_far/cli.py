@@ -55,12 +55,13 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
-    """FAR, the frame-autoregressive video model: continue videos, play world models, convert checkpoints.
+    """FAR, the frame-autoregressive video model: continue videos, play world models, train your own.
 
     \b
     diffusers-far demo
     diffusers-far continue walk.mp4 --num-frames 64 --actions "forward*16 left*6" --output longer.mp4
     diffusers-far play
+    diffusers-far train my-videos
     diffusers-far COMMAND --help
     """
 
@@ -443,6 +444,28 @@ def convert(
         raise ValueError(str(error)) from error
     millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
     click.echo(f"{output}: written, transformer of {millions:.1f} million parameters")
+
+
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="VIDEOS [OPTIONS]")
+def train(words: tuple[str, ...]) -> None:
+    """Train a model on VIDEOS: a folder, or a repo of the Hub.
+
+    \b
+    diffusers-far train my-videos --output-dir my-model --max-minutes 60
+    diffusers-far train my-videos --dry-run
+    """
+    try:
+        from .training.train_folder import main as train_folder
+
+        code = train_folder(words)
+    except ModuleNotFoundError as error:
+        if error.name not in ("datasets", "pyarrow", "torchmetrics", "yaml"):
+            raise
+        raise ValueError(f'training needs {error.name}: pip install "diffusers-far[train]"') from error
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+    sys.exit(code)
 
 
 @main.command()

@@ -85,6 +85,7 @@ def fill_model_card(
     training: str = NOT_STATED,
     evaluation: str = NOT_STATED,
     limits: str = NOT_STATED,
+    name: str | None = None,
 ) -> ModelCard:
     """The card of `model_card.md` for a pipeline or a transformer.
 
@@ -93,6 +94,7 @@ def fill_model_card(
         repo_id: where it is to be loaded from.
         card_data: license, datasets, metrics (`eval_results`) and the like; tags are added.
         summary, usage, training, evaluation, limits: Markdown of the sections; usage is Python.
+        name: title; by default the last part of `repo_id`.
     """
     is_pipeline = hasattr(model, "transformer")
     facts = describe_pipeline(model) if is_pipeline else describe_model(model)
@@ -103,7 +105,7 @@ def fill_model_card(
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        name=repo_id.rpartition("/")[2],
+        name=name or repo_id.rpartition("/")[2],
         repo=repo_id,
         class_name=class_name,
         variable=variable,

@@ -134,7 +134,7 @@ def test_resolution(tmp_path: Path) -> None:
         frame.shape for _, frame in episode(tmp_path / "a.mp4").frames(FrameOptions(resolution="16x24"))
     }
     assert shapes == {(16, 24, 3)}
-    assert FrameOptions(resolution="64").size == (64, 64) and FrameOptions().size is None
+    assert FrameOptions(resolution="64").frame_size == (64, 64) and FrameOptions().frame_size is None
     for value in ("64x", "0", "axb", "64x64x64", "-8", "64 x 64"):
         with pytest.raises(ValueError, match=f"resolution={value!r} must be a number of pixels, or two"):
             FrameOptions(resolution=value)

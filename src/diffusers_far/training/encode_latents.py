@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,7 @@ from ..whole_files import written_whole
 from .clips import AUTOENCODER_KEY
 from .episodes import Episode, Episodes
 from .options import Count, FrameOptions, option, parse, script
-from .sources import open_source
+from .sources import Source, open_source
 
 EPISODE_KEY = "episode_sha256"  # in the metadata of a file of latents
 
@@ -144,8 +145,8 @@ def encode_episode(
     if episode.class_label is not None:
         tensors["class_label"] = torch.tensor(episode.class_label, dtype=torch.int64)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    with written_whole(file) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
 
 
 def encode_split(
@@ -185,8 +186,14 @@ def encode_split(
     logger.info("%s: %d of %d episodes", split, number, len(episodes))
 
 
-def main(command_line: list[str]) -> None:
-    data, options = parse(command_line, (EncodeOptions,), __doc__, positional="data")
+def encode(
+    source: Source, options: EncodeOptions, encoded: Callable[[str, int], None] = lambda split, number: None
+) -> None:
+    """Encode what the output lacks of a source.
+
+    Args:
+        encoded: called with a split and the number of its episodes that this process has been through.
+    """
     state = PartialState()
     autoencoder = AutoencoderDC.from_pretrained(options.autoencoder).to(state.device).eval()
     autoencoder.to(memory_format=torch.channels_last)
@@ -194,13 +201,18 @@ def main(command_line: list[str]) -> None:
     if state.is_main_process:
         claim_folder(Path(options.output), own)
     state.wait_for_everyone()
-    source = open_source(data, options.ignore_actions)
-    if state.is_main_process:
-        for line in source.describe(options).splitlines():
-            logger.info(line)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
         for split in options.splits:
-            encode_split(autoencoder, source.split(split), split, options, own)
+            encode_split(autoencoder, source.split(split), split, options, own, partial(encoded, split))
+
+
+def main(command_line: list[str]) -> None:
+    data, options = parse(command_line, (EncodeOptions,), __doc__, positional="data")
+    source = open_source(data, options.ignore_actions)
+    if PartialState().is_main_process:
+        for line in source.describe(options).splitlines():
+            logger.info(line)
+    encode(source, options)
 
 
 if __name__ == "__main__":

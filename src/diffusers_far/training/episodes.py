@@ -242,7 +242,7 @@ class Episode:
                 without a `resolution`; when there are not as many actions or revisits as frames.
         """
         options = options or FrameOptions()
-        size, shape, num_frames = options.size, None, 0
+        size, shape, num_frames = options.frame_size, None, 0
 
         def counted() -> TimedFrames:
             nonlocal num_frames

@@ -69,10 +69,10 @@ class FrameOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _ = self.size
+        _ = self.frame_size
 
     @property
-    def size(self) -> tuple[int, int] | None:
+    def frame_size(self) -> tuple[int, int] | None:
         """Height and width."""
         if self.resolution is None:
             return None
@@ -86,7 +86,7 @@ class FrameOptions:
     @property
     def identity(self) -> str:
         """What frames depend on, in words; empty if they are those of the video."""
-        words = [] if self.size is None else [f"{self.size} {self.fit}"]
+        words = [] if self.frame_size is None else [f"{self.frame_size} {self.fit}"]
         words += [] if self.fps is None else [f"fps {self.fps}"]
         words += [] if self.stride == 1 else [f"stride {self.stride}"]
         return ", ".join(words)
@@ -278,14 +278,19 @@ class _Parser(HfArgumentParser):
 
 
 def parse(
-    command_line: Sequence[str], kinds: Sequence[type], description: str | None, positional: str | None = None
+    command_line: Sequence[str],
+    kinds: Sequence[type],
+    description: str | None,
+    positional: str | None = None,
+    program: str | None = None,
 ) -> tuple[Any, ...]:
     """A dataclass of each of `kinds`, of `[RECIPE.yaml] [--option value ...]`; the command line wins.
 
     Args:
         positional: name of a word that the command line takes besides; it comes first in the result.
+        program: its name in messages; by default that of the script.
     """
-    parser = _Parser(tuple(kinds), description=description, allow_abbrev=False)
+    parser = _Parser(tuple(kinds), prog=program, description=description, allow_abbrev=False)
     words = list(command_line)
     if positional:
         parser.add_argument(positional)

@@ -101,11 +101,30 @@ class Clock:
         return self.step >= self._max_steps or self.seconds >= self._max_seconds
 
     @property
+    def share(self) -> float:
+        """How much of the run is over, from 0 to 1."""
+        return min(1.0, max(self.step / self._max_steps, self.seconds / self._max_seconds))
+
+    @property
     def learning_rate_share(self) -> float:
         """Learning rate of the step that comes next, as a share of the highest one."""
         # From the middle of a step, so that neither the first nor the last has a rate of zero.
         share = max((self.step + 0.5) / self._max_steps, self.seconds / self._max_seconds)
         return float(self._scale_at(share * self.SCHEDULE_LENGTH))
+
+
+def check_output(options: RunOptions) -> None:
+    """Raise a ValueError for a folder that holds a run, unless told to resume, and for no checkpoint."""
+    folder = Path(options.output_dir)
+    if options.resume_from is None:
+        found = (folder / "log.jsonl", *_checkpoints(folder))
+        if used := [path.name for path in found if path.exists()]:
+            raise ValueError(
+                f"output_dir={options.output_dir!r} was used: it has {used[-1]}; it takes a new folder, "
+                "or resume_from=latest to go on with that run"
+            )
+    elif options.resume_from != "latest" and not _is_checkpoint(Path(options.resume_from)):
+        raise ValueError(f"resume_from={options.resume_from!r} is not a folder checkpoint-<step>, nor latest")
 
 
 class Run:
@@ -125,17 +144,7 @@ class Run:
     def __init__(self, name: str, options: RunOptions, find_unused_parameters: bool = False) -> None:
         self.name, self.options = name, options
         self.output_dir = Path(options.output_dir)
-        if options.resume_from is None:
-            found = (self.output_dir / "log.jsonl", *self.checkpoints())
-            if used := [path.name for path in found if path.exists()]:
-                raise ValueError(
-                    f"output_dir={options.output_dir!r} was used: it has {used[-1]}; it takes a new folder, "
-                    "or resume_from=latest to go on with that run"
-                )
-        elif options.resume_from != "latest" and not _is_checkpoint(Path(options.resume_from)):
-            raise ValueError(
-                f"resume_from={options.resume_from!r} is not a folder checkpoint-<step>, nor latest"
-            )
+        check_output(options)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.accelerator = Accelerator(
@@ -199,8 +208,9 @@ class Run:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         values, busy, saved_at = [], 0.0, clock.seconds
         bar = tqdm(
-            total=options.max_train_steps,
-            initial=clock.step,
+            total=1.0,
+            initial=clock.share,
+            bar_format="{percentage:3.0f}%|{bar:20}| {desc}, {elapsed} + {remaining} left{postfix}",
             disable=None if self.accelerator.is_main_process else True,  # None: unless it is a terminal
         )
         clock.start()
@@ -212,13 +222,16 @@ class Run:
                 values.append(self._step(trainee))
                 self.ema.step(self.model.parameters())
                 clock.step += 1
-                bar.update()
                 self._tick()
                 busy += clock.seconds - started
+                speed = sum(line["frames"] for line in values) / busy
+                bar.set_description_str(f"step {clock.step}", refresh=False)
+                bar.set_postfix_str(f"loss {values[-1]['loss']:.4f}, {speed:.0f} frames/s", refresh=False)
+                bar.update(clock.share - bar.n)
 
                 if clock.step % options.logging_steps == 0 or clock.over:
                     means = _means(values)
-                    speed = means.pop("frames") * len(values) / busy
+                    del means["frames"]
                     self.log(**means, frames_per_second=speed)
                     values, busy = [], 0.0
                 if options.validation_steps and (clock.step % options.validation_steps == 0 or clock.over):
@@ -334,8 +347,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of the output folder, the one saved last at the end."""
-        folders = self.output_dir.iterdir() if self.output_dir.is_dir() else ()
-        return sorted(filter(_is_checkpoint, folders), key=_saved_at)
+        return _checkpoints(self.output_dir)
 
     def _save(self, trainee: Trainee) -> None:
         """Checkpoint and weights of this step, unless they are there."""
@@ -476,6 +488,11 @@ def _difference(earlier: Any, now: Any) -> str:
 def _means(values: list[dict[str, float]]) -> dict[str, float]:
     """Of those that the last of some lines has."""
     return {name: float(np.mean([line[name] for line in values if name in line])) for name in values[-1]}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, the one saved last at the end."""
+    return sorted(filter(_is_checkpoint, folder.iterdir() if folder.is_dir() else ()), key=_saved_at)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -101,9 +101,9 @@ class Source:
         """What some of the episodes say of themselves."""
         episodes = self.split(split)
         stated = [episode.video.stated() for episode in episodes.some(NUM_EXAMINED)]
-        counts = [_num_kept(one, options) for one in stated if one.num_frames is not None]
-        num_frames = round(sum(counts) / len(counts) * len(episodes)) if counts else None
-        return Examined(stated, num_frames, len(stated) == len(counts) == len(episodes))
+        lengths = [_num_kept(one, options) for one in stated if one.num_frames is not None]
+        num_frames = round(sum(lengths) / len(lengths) * len(episodes)) if lengths else None
+        return Examined(stated, lengths, num_frames, len(stated) == len(lengths) == len(episodes))
 
     def describe(self, options: FrameOptions | None = None) -> str:
         """Three lines: what was found, what its frames are like, and how it is split."""
@@ -131,6 +131,7 @@ class Examined:
     """Of some episodes of a split."""
 
     stated: list[Stated]
+    lengths: list[int]  # in frames, as they will be used, of those that say so
     num_frames: int | None  # of all episodes, as they will be used
     is_exact: bool
 
