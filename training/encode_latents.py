@@ -20,7 +20,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -195,6 +195,8 @@ def main(command_line: list[str]) -> None:
         claim_folder(Path(options.output), own)
     state.wait_for_everyone()
     source = open_source(data, options.ignore_actions)
+    if "validation" not in options.splits:
+        source = replace(source, holds_out=False)  # all that there is, then
     if state.is_main_process:
         for line in source.describe(options).splitlines():
             logger.info(line)

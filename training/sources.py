@@ -63,6 +63,7 @@ class Source:
     kind: str  # in words
     splits: Mapping[str, Episodes]
     class_names: tuple[str, ...] = ()
+    holds_out: bool = True  # whether some episodes become the validation where there is no split for it
 
     def split(self, name: str) -> Episodes:
         """The episodes of a split.
@@ -85,7 +86,7 @@ class Source:
 
     @cached_property
     def is_held_out_by_hash(self) -> bool:
-        return "validation" not in self.splits
+        return self.holds_out and "validation" not in self.splits
 
     @cached_property
     def _splits(self) -> dict[str, Episodes]:
