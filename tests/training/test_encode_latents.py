@@ -298,3 +298,10 @@ def test_all_videos_are_encoded_where_no_validation_is_asked_for(data: Path, tmp
         "00000.safetensors",
         "00001.safetensors",
     ]
+
+
+def test_validation_alone_is_encoded(data: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "train")
+    save_autoencoder(tmp_path / "vae")
+    encode(data, tmp_path / "vae", tmp_path / "latents", "--splits", "validation")
+    assert [path.name for path in (tmp_path / "latents/validation").iterdir()] == ["00002.safetensors"]
