@@ -137,8 +137,8 @@ def encode_episode(
         numbers += [number for number, _ in batch]
         latents.append(encode_frames(autoencoder, [frame for _, frame in batch]).numpy())
     tensors = {"latents": torch.from_numpy(np.concatenate(latents))}
-    if episode.actions is not None:
-        tensors["actions"] = torch.tensor(episode.actions, dtype=torch.int64)[numbers]
+    if (actions := episode.actions) is not None:
+        tensors["actions"] = torch.tensor(actions, dtype=torch.int64)[numbers]
     if episode.revisits is not None and numbers == list(range(len(episode.revisits))):
         tensors["revisits"] = torch.tensor(episode.revisits, dtype=torch.int64)
     if episode.class_label is not None:
