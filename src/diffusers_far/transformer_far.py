@@ -107,9 +107,12 @@ class FARTransformerBlock(RefusesCaching, nn.Module):
         if isinstance(condition, Tensor):
             condition = self.norm1.linear(condition), self.norm2.linear(condition)
         normed, gates = self.norm1(streams, condition[0])
-        attended = self.attn(normed, image_rotary_emb, attention_mask, cache)
+        attended, modulation = self.attn(normed, image_rotary_emb, attention_mask, cache), condition[1]
+        if len(attended) < len(streams):  # the long-term stream ends here
+            modulation = modulation[:, streams[0].shape[1] :]
+            streams, gates = streams[1:], gates[1:]
         streams = [x + y * gate for x, y, gate in zip(streams, attended, gates, strict=True)]
-        normed, gates = self.norm2(streams, condition[1])
+        normed, gates = self.norm2(streams, modulation)
         return [x + self.ff(y) * gate for x, y, gate in zip(streams, normed, gates, strict=True)]
 
 
@@ -121,24 +124,6 @@ class FARTransformerLastBlock(FARTransformerBlock):
 
     def __init__(self, dim: int, heads: int, dim_head: int, long_context: bool) -> None:
         super().__init__(dim, heads, dim_head, long_context, long_context_out=False)
-
-    def forward(
-        self,
-        streams: Streams,
-        condition: Tensor | tuple[Tensor, Tensor],
-        image_rotary_emb: RotaryEmbedding,
-        attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Streams:
-        """The short-term stream alone."""
-        if isinstance(condition, Tensor):
-            condition = self.norm1.linear(condition), self.norm2.linear(condition)
-        normed, gates = self.norm1(streams, condition[0])
-        (attended,) = self.attn(normed, image_rotary_emb, attention_mask, cache)
-        short = streams[-1] + attended * gates[-1]
-        num_long_frames = condition[1].shape[1] - short.shape[1]
-        (normed,), (gate,) = self.norm2([short], condition[1][:, num_long_frames:])
-        return [short + self.ff(normed) * gate]
 
 
 def _any_number_of_frames(

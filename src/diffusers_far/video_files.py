@@ -93,8 +93,8 @@ class VideoFile:
         if image is not None:
             with image:
                 self._check_size(image.width, image.height)
-                self.frame_rate = self._image_rate(image)
-                self.stated_frames = len(self._read(_frame_numbers, image))
+                numbers = self._read(_frame_numbers, image)
+                self.frame_rate, self.stated_frames = self._image_rate(image, numbers), len(numbers)
                 self.height, self.width = image.height, image.width
         else:
             with self._open() as container:
@@ -185,8 +185,7 @@ class VideoFile:
         except _IMAGE_ERRORS as error:
             raise self._error(f"cannot be read as an image: {error}") from error
 
-    def _image_rate(self, image: Image.Image) -> Fraction | None:
-        numbers = _frame_numbers(image)
+    def _image_rate(self, image: Image.Image, numbers: Sequence[int]) -> Fraction | None:
         durations = []
         try:
             for number in numbers[:1000]:

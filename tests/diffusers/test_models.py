@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.attention import MASKED_BACKENDS
-from tests.diffusers.upstream import table, upstream
+from tests.diffusers.upstream import classes_of_tests, not_run, table, upstream
 from tests.tiny_models import CHANNELS, GRID, LONG, SIZE, noise
 
 theirs = upstream("models.testing_utils")
@@ -172,15 +172,11 @@ TESTS = {
     "Lora": theirs.LoraTesterMixin,
     "LoraHotSwapping": theirs.LoraHotSwappingForModelTesterMixin,
 }
-for model in (Base, Long, LongWithActions, AnyStep):
-    for name, tests in TESTS.items():
-        globals()[f"Test{name}{model.__name__}"] = type(f"Test{name}{model.__name__}", (model, tests), {})
+globals().update(classes_of_tests(TESTS, (Base, Long, LongWithActions, AnyStep)))
 
 
 def test_every_class_of_tests_is_run_or_left_out_for_a_reason() -> None:
-    run = {base for tests in TESTS.values() for base in tests.__mro__}
-    offered = {name for name in theirs.__all__ if getattr(theirs, name) not in run}
-    assert offered <= set(LEFT_OUT)
+    assert not_run(theirs, TESTS) <= set(LEFT_OUT)
 
 
 @pytest.mark.parametrize("config", [Base, Long, LongWithActions, AnyStep])

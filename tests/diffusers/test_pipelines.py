@@ -9,7 +9,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_far import FARVideoPipeline
-from tests.diffusers.upstream import table, upstream
+from tests.diffusers.upstream import classes_of_tests, not_run, table, upstream
 from tests.tiny_models import LONG, autoencoder, transformer
 
 theirs = upstream("pipelines.testing_utils")
@@ -147,12 +147,8 @@ TESTS = {
     "Lora": Lora,
     "LoraMemory": theirs.LoraMemoryTesterMixin,
 }
-for config in (Base, Long, LongWithActions, AnyStep):
-    for name, tests in TESTS.items():
-        globals()[f"Test{name}{config.__name__}"] = type(f"Test{name}{config.__name__}", (config, tests), {})
+globals().update(classes_of_tests(TESTS, (Base, Long, LongWithActions, AnyStep)))
 
 
 def test_every_class_of_tests_is_run_or_left_out_for_a_reason() -> None:
-    run = {base for tests in TESTS.values() for base in tests.__mro__}
-    offered = {name for name in theirs.__all__ if getattr(theirs, name) not in run}
-    assert offered <= set(LEFT_OUT)
+    assert not_run(theirs, TESTS) <= set(LEFT_OUT)

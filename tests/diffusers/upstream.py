@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,20 @@ def upstream(module: str) -> ModuleType:
         sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[_PACKAGE])
     return importlib.import_module(f"{_PACKAGE}.{module}")
+
+
+def classes_of_tests(tests: dict[str, type], configs: Iterable[type]) -> dict[str, type]:
+    """A class for pytest of each class of tests, on each configuration, by name."""
+    names = {
+        f"Test{name}{config.__name__}": (config, each) for config in configs for name, each in tests.items()
+    }
+    return {name: type(name, bases, {}) for name, bases in names.items()}
+
+
+def not_run(module: ModuleType, tests: dict[str, type]) -> set[str]:
+    """Names that a module of theirs offers and that are no part of `tests`."""
+    run = {base for each in tests.values() for base in each.__mro__}
+    return {name for name in module.__all__ if getattr(module, name) not in run}
 
 
 def table(*reasons: tuple[str, str]) -> dict[str, str]:

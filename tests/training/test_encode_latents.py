@@ -287,3 +287,21 @@ def test_hashes_of_earlier_latents_stay_valid(data: Path) -> None:
     assert script.hash_episode(first, FrameOptions()) == expected.hexdigest()
     other = FrameOptions(resolution="16")
     assert script.hash_episode(first, other) != script.hash_episode(first, FrameOptions())
+
+
+def test_all_videos_are_encoded_where_no_validation_is_asked_for(data: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "validation")
+    save_autoencoder(tmp_path / "vae")
+    encode(data, tmp_path / "vae", tmp_path / "latents", "--splits", "train")
+    names = [path.name for path in sorted((tmp_path / "latents/train").iterdir()) if path.suffix]
+    assert [name for name in names if name.endswith(".safetensors")] == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
+
+
+def test_validation_alone_is_encoded(data: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "train")
+    save_autoencoder(tmp_path / "vae")
+    encode(data, tmp_path / "vae", tmp_path / "latents", "--splits", "validation")
+    assert [path.name for path in (tmp_path / "latents/validation").iterdir()] == ["00002.safetensors"]

@@ -26,7 +26,9 @@ from .visitors import Gate, Visitors
 
 TITLE = "FAR: video, frame after frame"
 # What the shipped models were trained with, by the name of their folder or repository.
-WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
+WORLDS = {
+    f"far-doom-maze-64{variant}": "mazes" for variant in ("", "-any-step", "-memory", "-memory-any-step")
+}
 DEFAULT_SIDE = 64  # of frames where nothing else says it
 MAX_JOBS_WAITING = 64
 CLEANING = (600, 3600)  # every ten minutes, videos that are an hour old are removed

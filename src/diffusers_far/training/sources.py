@@ -63,6 +63,7 @@ class Source:
     kind: str  # in words
     splits: Mapping[str, Episodes]
     class_names: tuple[str, ...] = ()
+    holds_out: bool = True  # whether some episodes become the validation where there is no split for it
 
     def split(self, name: str) -> Episodes:
         """The episodes of a split.
@@ -85,7 +86,7 @@ class Source:
 
     @cached_property
     def is_held_out_by_hash(self) -> bool:
-        return "validation" not in self.splits
+        return self.holds_out and "validation" not in self.splits
 
     @cached_property
     def _splits(self) -> dict[str, Episodes]:
@@ -108,19 +109,20 @@ class Source:
     def describe(self, options: FrameOptions | None = None) -> str:
         """Three lines: what was found, what its frames are like, and how it is split."""
         options = options or FrameOptions()
-        train = self.split("train")
-        examined = self.examine("train", options)
+        name = "train" if "train" in self._splits else next(iter(self._splits))
+        episodes, purpose = self.split(name), "to train on" if name == "train" else f"for {name}"
+        examined = self.examine(name, options)
         found = f"{self.data}: {self.kind}"
         if self.class_names:
             some = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
             found += f" of {len(self.class_names)} classes ({some})"
-        frames = f"frames of {examined.sizes} pixels, {examined.rates}; {examined.amount} to train on"
-        episode = next(iter(train.some(1)))
+        frames = f"frames of {examined.sizes} pixels, {examined.rates}; {examined.amount} {purpose}"
+        episode = next(iter(episodes.some(1)))
         known = [name for name in ("actions", "revisits") if getattr(episode, name) is not None]
         known += ["a class label"] if episode.class_label is not None else []
         frames += f"; with {' and '.join(known)}" if known else "; no actions or labels"
-        split = f"{len(train)} to train on"
-        if "validation" in self._splits:
+        split = f"{len(episodes)} {purpose}"
+        if name == "train" and "validation" in self._splits:
             how = "by a hash of their names" if self.is_held_out_by_hash else "as the source says"
             split += f", {len(self.split('validation'))} held out for validation {how}"
         return f"{found}\n{frames}\n{split}"
