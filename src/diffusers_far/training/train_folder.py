@@ -67,6 +67,7 @@ MOST_CLIP_FRAMES = 32  # of a clip, where no length is asked for
 MOST_BASE_FRAMES = 16  # a longer clip takes a Long model
 GOOD_PSNR = 30.0  # dB: from here on the shipped autoencoder serves as it is
 NUM_JUDGED, NUM_JUDGED_VIDEOS = 64, 8  # held-out frames that an autoencoder is measured on
+AUTOENCODER_BATCH = 16  # frames of up to 128 x 128 pixels; fewer of larger ones
 MOST_AUTOENCODER_FRAMES = 20_000
 
 logger = logging.getLogger("train")
@@ -111,7 +112,7 @@ class TrainOptions(FrameOptions, RunOptions):
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "bf16" if torch.cuda.is_available() else "no", "number format of the forward pass"
     )
-    autoencoder_steps: Count = option(3000, "steps of training a new one")
+    autoencoder_steps: Count = option(3000, "of a new one; with max_minutes, at most half as long")
     ignore_actions: bool = option(False, "train on the videos alone")
     dry_run: bool = option(False, "print the plan and end")
     max_train_steps: Count | None = option(
@@ -389,7 +390,9 @@ def train_autoencoder(source: Source, options: TrainOptions) -> Path | None:
     finished = output / "autoencoder"
     if finished.is_dir():
         return finished
-    say(f"autoencoder: training a new one for {options.autoencoder_steps} steps")
+    minutes = options.max_minutes and options.max_minutes / 2
+    at_most = f", {minutes:g} min at most" if minutes else ""
+    say(f"autoencoder: training a new one for {options.autoencoder_steps} steps{at_most}")
     cache = Path(options.output_dir) / "frames"
     num_frames = source.examine("train", options).num_frames or 0
     shared = options.shared(FrameOptions)
@@ -401,7 +404,10 @@ def train_autoencoder(source: Source, options: TrainOptions) -> Path | None:
             output_dir=str(output),
             cache_dir=str(cache),
             max_train_steps=options.autoencoder_steps,
-            batch_size=max(1, min(MAX_BATCH, MAX_BATCH * 128**2 // math.prod(options.pixels))),
+            max_minutes=minutes,
+            batch_size=max(
+                1, min(AUTOENCODER_BATCH, AUTOENCODER_BATCH * 128**2 // math.prod(options.pixels))
+            ),
             num_threads=options.num_threads,
             mixed_precision=options.mixed_precision,
             seed=options.seed,
