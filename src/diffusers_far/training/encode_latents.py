@@ -20,7 +20,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -138,8 +138,8 @@ def encode_episode(
         numbers += [number for number, _ in batch]
         latents.append(encode_frames(autoencoder, [frame for _, frame in batch]).numpy())
     tensors = {"latents": torch.from_numpy(np.concatenate(latents))}
-    if episode.actions is not None:
-        tensors["actions"] = torch.tensor(episode.actions, dtype=torch.int64)[numbers]
+    if (actions := episode.actions) is not None:
+        tensors["actions"] = torch.tensor(actions, dtype=torch.int64)[numbers]
     if episode.revisits is not None and numbers == list(range(len(episode.revisits))):
         tensors["revisits"] = torch.tensor(episode.revisits, dtype=torch.int64)
     if episode.class_label is not None:
@@ -209,6 +209,8 @@ def encode(
 def main(command_line: list[str]) -> None:
     data, options = parse(command_line, (EncodeOptions,), __doc__, positional="data")
     source = open_source(data, options.ignore_actions)
+    if "validation" not in options.splits:
+        source = replace(source, holds_out=False)  # all that there is, then
     if PartialState().is_main_process:
         for line in source.describe(options).splitlines():
             logger.info(line)

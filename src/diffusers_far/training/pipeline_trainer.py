@@ -20,7 +20,7 @@ class PipelineTrainer(FARTrainer):
     Args:
         sizes, options: as FARTrainer's.
         autoencoder: folder of the one that made the latents.
-        sample_size: height and width of frames in pixels, if they are equal.
+        sample_size: height and width of frames in pixels, or one number for both.
         facts: lines for the model card about the data.
     """
 
@@ -29,7 +29,7 @@ class PipelineTrainer(FARTrainer):
         sizes: ModelOptions,
         options: FAROptions,
         autoencoder: str,
-        sample_size: int | None,
+        sample_size: int | tuple[int, int],
         facts: Sequence[str],
     ) -> None:
         super().__init__(sizes, options)

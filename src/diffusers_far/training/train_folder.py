@@ -584,7 +584,7 @@ def make_trainer(source: Source, options: TrainOptions, plan: Plan) -> "Pipeline
     )
     facts = [*source.describe(options).splitlines(), f"frames: {options.identity}"]
     height, width = options.pixels
-    sample_size = height if height == width else None
+    sample_size = height if height == width else (height, width)
     return PipelineTrainer(ModelOptions(**plan.sizes), settings, plan.autoencoder, sample_size, facts)
 
 
