@@ -36,11 +36,11 @@ class ActionSpace:
         """That of a model's configuration; None for a model without actions."""
         if not config.num_actions and not config.action_dim:
             return None
-        num_actions, action_dim, mean, std = (
+        sizes, mean, std = (
             tuple(value) if isinstance(value, list | tuple) else value
-            for value in (config.num_actions, config.action_dim, config.action_mean, config.action_std)
+            for value in (config.num_actions, config.action_mean, config.action_std)
         )
-        return cls(num_actions, action_dim, mean, std)
+        return cls(sizes, config.action_dim, mean, std)
 
     @property
     def is_vector(self) -> bool:
@@ -69,16 +69,18 @@ class ActionSpace:
             return f"vectors of {self.action_dim} numbers"
         return f"groups of {', '.join(map(str, self.sizes))}" if self.is_grouped else str(self.num_actions)
 
+    @property
+    def null_value(self) -> float:
+        """What each number of the null action is."""
+        return math.nan if self.is_vector else -1
+
     def null(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Null actions, `[*shape, *self.shape]`."""
-        if self.is_vector:
-            return torch.full((*shape, *self.shape), math.nan, device=device)
-        return torch.full((*shape, *self.shape), -1, device=device)
+        return torch.full((*shape, *self.shape), self.null_value, device=device)
 
     def drop(self, actions: Tensor, dropped: Tensor) -> Tensor:
         """Actions with the null action where `dropped`, which has a value per action, says so."""
-        null = self.null((), actions.device).to(actions.dtype)
-        return torch.where(dropped.reshape(*dropped.shape, *(1,) * len(self.shape)), null, actions)
+        return torch.where(dropped.reshape(*dropped.shape, *(1,) * len(self.shape)), self.null_value, actions)
 
     def rows(self, actions: Tensor) -> Tensor:
         """Rows of integers in a table that has, for each group, a row per action and one for the null."""
