@@ -4,7 +4,7 @@ Dimensions: B batch, F frames, G groups, A numbers of a vector.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -32,15 +32,15 @@ class ActionSpace:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "ActionSpace | None":
+    def of(cls, config: Mapping[str, Any]) -> "ActionSpace | None":
         """That of a model's configuration; None for a model without actions."""
-        if not config.num_actions and not config.action_dim:
+        if not config.get("num_actions") and not config.get("action_dim"):
             return None
         sizes, mean, std = (
             tuple(value) if isinstance(value, list | tuple) else value
-            for value in (config.num_actions, config.action_mean, config.action_std)
+            for value in map(config.get, ("num_actions", "action_mean", "action_std"))
         )
-        return cls(sizes, config.action_dim, mean, std)
+        return cls(sizes, config.get("action_dim"), mean, std)
 
     @property
     def is_vector(self) -> bool:
