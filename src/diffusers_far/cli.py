@@ -249,7 +249,8 @@ def read_actions(file: Path, space: Any) -> Any:
     if actions.ndim != 1 + len(space.shape) or not len(actions):
         takes = "".join(f", {side}" for side in space.shape)
         raise ValueError(f"--actions: {file} has shape {list(actions.shape)}; it takes [T{takes}]")
-    checked = action_tensor(f"--actions: {file}", actions, space, (1, len(actions)), torch.device("cpu"))
+    shape = (1, len(actions))
+    checked = action_tensor(f"--actions: {file}", actions[None], space, shape, torch.device("cpu"))
     return None if checked is None else checked[0]
 
 

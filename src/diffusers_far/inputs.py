@@ -14,7 +14,7 @@ from torch import Tensor
 from .actions import ActionSpace
 from .video_files import VideoFile, image_frames, rgb_pixels
 
-ActionNames = Sequence[str | dict[str, list[str]]]
+ActionNames = Sequence[Any]  # of str and {str: list[str]}; diffusers' check of types knows no such unions
 Labels = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
 MAX_ACTIONS_TEXT = 100_000  # characters
