@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline, Rollout
 from diffusers_far.actions import ActionSpace
+from diffusers_far.convert_published import convert_back
 from diffusers_far.inputs import describe_actions, parse_actions
 from tests.tiny_models import (
     SIZE,
@@ -437,3 +438,11 @@ def test_texts_of_groups_and_vectors_without_names() -> None:
     assert parse_actions("0=1+1=2", None, ActionSpace((2, 3)), 1) == [[1, 2]]
     assert parse_actions("1=0.5", None, ActionSpace(action_dim=2), 1) == [[0.0, 0.5]]
     assert describe_actions(["keyboard", "mouse"], ActionSpace((2, 3))) == "keyboard=0 to 1, mouse=0 to 2"
+
+
+@kinds
+def test_what_published_files_cannot_hold_is_not_converted_back(kind: str, tmp_path: Path) -> None:
+    pipeline(transformer(**KINDS[kind][0])).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match=r"published models have one integer per frame"):
+        convert_back(tmp_path / "pipeline", tmp_path / "far.pth")
+    assert not (tmp_path / "far.pth").exists()

@@ -127,7 +127,7 @@ def test_continue_with_vectors(video: str, tmp_path: Path) -> None:
     assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
     for actions, message in (
         ("walk", "'walk' is not an action: it takes x=NUMBER+y=NUMBER"),
-        (tmp_path / "wrong.npy", "wrong.npy has shape [1, 3, 3]; it takes [1, 3, 2]"),
+        (tmp_path / "wrong.npy", "wrong.npy has shape [3, 3]; it takes [T, 2]"),
         (tmp_path / "none.npy", "none.npy cannot be read as an .npy"),
     ):
         done = run("generate", "--checkpoint", tmp_path / "model", "--actions", actions)

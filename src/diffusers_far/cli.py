@@ -246,7 +246,7 @@ def read_actions(file: Path, space: Any) -> Any:
         actions = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"--actions: {file} cannot be read as an .npy: {error}") from error
-    if actions.ndim != 1 + len(space.shape) or not len(actions):
+    if actions.ndim < 1 or not len(actions) or actions.shape[1:] != space.shape:
         takes = "".join(f", {side}" for side in space.shape)
         raise ValueError(f"--actions: {file} has shape {list(actions.shape)}; it takes [T{takes}]")
     shape = (1, len(actions))
