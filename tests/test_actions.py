@@ -146,6 +146,19 @@ def test_a_configuration_from_before_there_were_vectors(tmp_path: Path) -> None:
     assert torch.equal(run(FARTransformer3DModel.from_pretrained(tmp_path), actions), run(model, actions))
 
 
+@pytest.mark.parametrize("name", ["action_dim", "action_mean", "action_std"])
+def test_a_configuration_of_vectors_that_has_lost_an_option(name: str, tmp_path: Path) -> None:
+    transformer(**VECTOR).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != name})
+    )
+    with pytest.raises(
+        ValueError, match=r"action_mean=.* as action_dim=None|has lost options: action_(mean|std)"
+    ):
+        FARTransformer3DModel.from_pretrained(tmp_path)
+
+
 @kinds
 def test_bf16_sees_what_float32_sees(kind: str) -> None:
     config, actions = KINDS[kind]

@@ -79,7 +79,7 @@ class FARAdaLayerNormOut(nn.Module):
 
 
 # Options that checkpoints of earlier versions lack; their defaults are what these models were made with.
-_LATER_OPTIONS = ("use_meanflow", "action_dim", "action_mean", "action_std")
+LATER_OPTIONS = ("use_meanflow", "action_dim", "action_mean", "action_std")
 
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
 
@@ -272,7 +272,10 @@ class FARTransformer3DModel(
         source = f"the configuration of {cls.__name__}"
         check_options([cls], config_dict, source)
         if "_class_name" in config_dict:  # it was saved, with all options that there were then
-            check_complete(cls, {*config_dict, *kwargs}, _LATER_OPTIONS, source)
+            optional = set(LATER_OPTIONS)
+            if config_dict.get("action_dim"):  # then its mean and deviation were saved, too
+                optional -= {"action_mean", "action_std"}
+            check_complete(cls, {*config_dict, *kwargs}, optional, source)
         return super().extract_init_dict(config_dict, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:

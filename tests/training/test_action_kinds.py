@@ -17,6 +17,7 @@ from diffusers_far.training.clips import ClipBatches, LatentVideos, action_optio
 from diffusers_far.training.options import FAROptions, ModelOptions, parse
 from diffusers_far.training.train_far import FARTrainer
 from tests.tiny_latents import averaged_weights, read_log, run_options
+from tests.tiny_latents import write_latents as write_integers
 from tests.tiny_models import autoencoder
 from tests.video_writing import numbered_frames, write_video
 
@@ -187,6 +188,16 @@ def test_a_run_learns_actions_and_resumes(kind: str, tmp_path: Path) -> None:
     found = averaged_weights(tmp_path / "again")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert any(name.startswith("action_embedder") for name in expected)
+
+
+def test_a_run_from_before_there_were_vectors_resumes(tmp_path: Path) -> None:
+    """Its checkpoint says nothing of them."""
+    (tmp_path / "latents").mkdir()
+    latents = write_integers(tmp_path / "latents")
+    options = (*run_options(latents, tmp_path / "run"), "--save_steps", "3", "--validation_steps", "0")
+    FARTrainer(*parse(options, (ModelOptions, FAROptions), None)).train()
+    known = json.loads((tmp_path / "run/checkpoint-0000003/run.json").read_text())["model"]
+    assert known["num_actions"] == 3 and not any(name.startswith("action_") for name in known)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..memory_loss import memory_loss
-from ..transformer_far import FARTransformer3DModel
+from ..transformer_far import LATER_OPTIONS, FARTransformer3DModel
 from .clips import ClipBatches, Clips, LatentVideos
 from .matmul_attn_processor import MatmulAttnProcessor
 from .objectives import FlowMap, FlowMatching
@@ -52,7 +52,10 @@ class FARTrainer:
             held_out = LatentVideos(Path(options.latents) / "validation")
             self.validation_batches = self._batches(held_out, model, held_out_of=videos)
         self.network = model
-        config, data = dict(model.config), videos.fingerprint()
+        # Checkpoints of earlier versions, which lack them, resume.
+        unset = {name for name in LATER_OPTIONS if model.config[name] is None}
+        config = {name: value for name, value in model.config.items() if name not in unset}
+        data = videos.fingerprint()
         optimizers = create_optimizers(model, options)
         self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
         self.models = [self.model]
