@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from diffusers_far.browser.app import load
 from diffusers_far.browser.players import Game, GameSettings, Players
+from diffusers_far.loading import load_pipeline
 
 
 def resident_mb() -> float:
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    pipeline, players = load(arguments.checkpoint), Players(max_players=arguments.players)
+    pipeline, players = load_pipeline(arguments.checkpoint), Players(max_players=arguments.players)
     visitors = [Player(f"player {n}", players, arguments.frames) for n in range(arguments.players)]
     for seed, visitor in enumerate(visitors):
         settings = GameSettings(arguments.steps)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .loading import check_device, load_pipeline
 from .presets import PRESETS
-from .shipped import ANY_STEP_CHECKPOINT, CHECKPOINT, EPISODES, find, locate
+from .shipped import ANY_STEP_CHECKPOINT, CHECKPOINT, EPISODES, find
 
 if TYPE_CHECKING:
     import numpy as np
@@ -295,34 +296,6 @@ class Progress:
         line = f"{number} of {self.total} new frames, {rate:.1f} frames/s"
         is_last = not self.in_place or number == self.total
         click.echo(f"\r{line}" if self.in_place else line, nl=is_last, err=True)
-
-
-def load_pipeline(
-    checkpoint: str, device: str | None = None, dtype: str = "float32", variant: str | None = None
-) -> Any:
-    """A pipeline from a folder or a repo id."""
-    import torch
-    from diffusers.utils import logging
-
-    from .pipeline_far_video import FARVideoPipeline
-
-    logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    folder = str(locate(checkpoint))
-    options = {"dtype": getattr(torch, dtype), "variant": variant}
-    return FARVideoPipeline.from_pretrained(folder, **options).to(device)
-
-
-def check_device(device: str) -> None:
-    """Raise a ValueError unless the device is there."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device: {device} cannot be used here: {reason}") from error
 
 
 @main.command()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,10 +141,21 @@ def _fitted(frame: np.ndarray, height: int | None, width: int | None) -> np.ndar
     return frame if frame.shape[:2] == size else fit_frame(frame, *size)
 
 
-def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A frame `[H, W, 3]` uint8 resized to cover `height` x `width`, cropped at the centre."""
-    resampling = Image.Resampling.LANCZOS
-    return np.asarray(ImageOps.fit(Image.fromarray(frame), (int(width), int(height)), resampling))
+def fit_frame(
+    frame: np.ndarray, height: int, width: int, fit: Literal["crop", "pad", "stretch"] = "crop"
+) -> np.ndarray:
+    """A frame `[H, W, 3]` uint8 at `height` x `width`.
+
+    Args:
+        fit: what becomes of other proportions: the middle is taken ("crop"), or all of it, with black borders
+            ("pad") or out of proportion ("stretch").
+    """
+    if frame.shape[:2] == (height, width):
+        return frame
+    image, size, resampling = Image.fromarray(frame), (int(width), int(height)), Image.Resampling.LANCZOS
+    if fit == "stretch":
+        return np.asarray(image.resize(size, resampling))
+    return np.asarray((ImageOps.fit if fit == "crop" else ImageOps.pad)(image, size, resampling))
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:

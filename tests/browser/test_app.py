@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
-from diffusers_far.browser.app import build_app, load
+from diffusers_far.browser.app import build_app
 from diffusers_far.browser.app import serve as serve_app
 from diffusers_far.browser.players import Players
 from diffusers_far.browser.uploads import MAX_UPLOAD_MB
 from diffusers_far.browser.visitors import Visitors
+from diffusers_far.loading import load_pipeline
 from diffusers_far.metrics import horizontal_shift
 from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.video_files import read_video
@@ -33,7 +34,7 @@ PATIENCE = 60_000  # milliseconds
 @contextmanager
 def serve(repository: Path, max_players: int) -> Iterator[str]:
     """A server for so many players, and its address."""
-    shipped = load(str(repository / CHECKPOINT), "cpu")
+    shipped = load_pipeline(str(repository / CHECKPOINT), "cpu")
     players, visitors = Players(max_players=max_players), Visitors(seconds_to_read=60)
     app = build_app(shipped, repository / EPISODES, players, visitors, "mazes")
     yield serve_app(app, visitors, quiet=True)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from diffusers_far import read_video
-from diffusers_far.training.episodes import Actions, ArrayVideo, EmbeddedVideo, Episode, RecordedVideo, fit
+from diffusers_far.inputs import fit_frame
+from diffusers_far.training.episodes import Actions, ArrayVideo, EmbeddedVideo, Episode, RecordedVideo
 from diffusers_far.training.options import FrameOptions
 from tests.video_writing import numbered_frames, numbers, write_video
 
@@ -119,13 +120,13 @@ def test_arrays_that_are_no_videos_are_named(tmp_path: Path, video: np.ndarray, 
 def test_fit_crops_pads_or_stretches() -> None:
     frame = np.zeros((20, 40, 3), np.uint8)
     frame[:, 10:30] = 200  # the middle square
-    cropped, padded, stretched = (fit(frame, 10, 10, how) for how in ("crop", "pad", "stretch"))
+    cropped, padded, stretched = (fit_frame(frame, 10, 10, how) for how in ("crop", "pad", "stretch"))
     assert cropped.shape == padded.shape == stretched.shape == (10, 10, 3)
     assert cropped.min() > 180  # what lies beside it leaves a trace
     assert padded[:2].max() == padded[-2:].max() == 0  # above and below
     assert padded[5, 5].min() > 180 and padded[5, 0].max() < 10
     assert stretched[:, 4:6].min() > 180 and stretched[:, :1].max() < 10
-    assert fit(frame, 20, 40, "crop") is frame
+    assert fit_frame(frame, 20, 40) is frame
 
 
 def test_resolution(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from starlette.middleware import Middleware
 
+from ..loading import load_pipeline
 from ..pipeline_far_video import FARVideoPipeline
 from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, find
 from .compare import compare_tab
@@ -26,26 +26,10 @@ from .visitors import Gate, Visitors
 
 TITLE = "FAR: video, frame after frame"
 # What the shipped models were trained with, by the name of their folder or repository.
-WORLDS = {
-    f"far-doom-maze-64{variant}": "mazes" for variant in ("", "-any-step", "-memory", "-memory-any-step")
-}
+WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
 DEFAULT_SIDE = 64  # of frames where nothing else says it
 MAX_JOBS_WAITING = 64
 CLEANING = (600, 3600)  # every ten minutes, videos that are an hour old are removed
-
-
-def load(checkpoint: str, device: str | None = None) -> FARVideoPipeline:
-    """A pipeline for the demo, in bf16 on a GPU.
-
-    Args:
-        checkpoint: folder or repo id.
-        device: by default a GPU if there is one.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipeline = FARVideoPipeline.from_pretrained(checkpoint, dtype=dtype).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def frame_size(pipeline: FARVideoPipeline, starts: list[Start]) -> tuple[int, int]:
@@ -68,7 +52,7 @@ def build_app(
     """The app; [`serve`] starts it.
 
     Args:
-        pipeline: see [`load`].
+        pipeline: what plays.
         episodes: split of a videofolder whose frames games may start from.
         players: who plays; by default up to 8.
         visitors: who may ask for what.
@@ -127,18 +111,17 @@ def launch(
         port: by default the first free one from 7860 on.
         max_players: games at once.
     """
-    folder = str(find(checkpoint, "checkpoint")) if checkpoint == ANY_STEP_CHECKPOINT else checkpoint
     stop, visitors = threading.Event(), Visitors()
     if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="diffusers-far-") as temporary:
         os.environ.setdefault("GRADIO_TEMP_DIR", temporary)  # uploads, and videos for visitors
         app = build_app(
-            load(folder, device),
+            load_pipeline(checkpoint, device),
             None if episodes is None else find(episodes, "episodes"),
             Players(max_players),
             visitors,
-            world=WORLDS.get(Path(folder).name),
+            world=WORLDS.get(Path(checkpoint).name),
         )
         serve(app, visitors, server_name=host, server_port=port)
         try:

@@ -5,9 +5,9 @@ import binascii
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from ..inputs import fit_frame
@@ -33,8 +33,12 @@ VIDEO_FORMATS = (
     "webp_pipe",
     "ogg",
 )
-# How a frame is made to fit, by what diffusers' VideoProcessor calls it.
-FITS = {"crop to fill": "crop", "pad": "fill", "stretch": "default"}
+# What visitors choose from, by what `fit_frame` calls it.
+FITS: dict[str, Literal["crop", "pad", "stretch"]] = {
+    "crop to fill": "crop",
+    "pad": "pad",
+    "stretch": "stretch",
+}
 
 NO_IMAGE = "The file cannot be read as an image: JPEG, PNG, WebP, GIF and BMP are."
 NO_VIDEO = "The file cannot be read as a video: mp4, gif and other common kinds are."
@@ -98,17 +102,12 @@ def read_upload(path: str | Path, height: int, width: int, fit: str) -> np.ndarr
     if megabytes > MAX_UPLOAD_MB:
         raise VisitorError(f"The file has {megabytes:.1f} MB: at most {MAX_UPLOAD_MB} MB.")
     check_sides(*video_size(path), MAX_UPLOAD_PIXELS)
-    processor = VideoProcessor(vae_scale_factor=1)
     frames: list[np.ndarray] = []
     for frame in _readable(path):
         check_sides(frame.shape[1], frame.shape[0], MAX_UPLOAD_PIXELS)  # it may change on the way
         if len(frames) == MAX_UPLOAD_FRAMES:
             raise VisitorError(f"The video is too long: at most {MAX_UPLOAD_FRAMES} frames.")
-        if FITS[fit] == "crop":  # before it is resized, so that nothing grows large
-            frames.append(fit_frame(frame, height, width))
-        else:
-            resized = processor.resize(Image.fromarray(frame), height, width, resize_mode=FITS[fit])
-            frames.append(np.asarray(resized))
+        frames.append(fit_frame(frame, height, width, FITS[fit]))
     return np.stack(frames)
 
 

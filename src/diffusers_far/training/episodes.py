@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..inputs import fit_frame
 from ..video_files import VideoFile, rgb_pixels
@@ -274,7 +274,7 @@ class Episode:
             if drawn is None or drawn[0] != number:
                 frame = draw()
                 if size is not None:
-                    frame = fit(frame, *size, options.fit)
+                    frame = fit_frame(frame, *size, options.fit)
                 drawn = number, frame
             shape = shape or drawn[1].shape
             if drawn[1].shape != shape:
@@ -311,20 +311,6 @@ class Episode:
         """For messages: its file, and its name where the file has others."""
         path = self.video.path
         return str(path) if path.stem == PurePosixPath(self.name).name else f"{path}: {self.name}"
-
-
-def fit(frame: np.ndarray, height: int, width: int, how: str) -> np.ndarray:
-    """A frame `[H, W, 3]` uint8 at `height` x `width`: its middle ("crop"), all of it with black borders
-    ("pad"), or out of proportion ("stretch").
-    """
-    if frame.shape[:2] == (height, width):
-        return frame
-    if how == "crop":
-        return fit_frame(frame, height, width)
-    image, resampling = Image.fromarray(frame), Image.Resampling.LANCZOS
-    if how == "pad":
-        return np.asarray(ImageOps.pad(image, (width, height), resampling))
-    return np.asarray(image.resize((width, height), resampling))
 
 
 class Shard(Protocol):
