@@ -16,7 +16,7 @@ PYTHON = """#!/usr/bin/env bash
 printf '%q ' "$@" >> commands; echo >> commands
 [ "$(wc -l < commands)" != "${FAIL_AT:-none}" ] || exit 7
 mkdir -p doom-maze-64{,-revisit} latents-doom-maze-64{,-revisit}/{train,validation} \\
-  runs/checkpoints/far-doom-maze-64{,-any-step,-memory} runs/far_doom_maze{,_any_step,_memory} \\
+  runs/checkpoints/far-doom-maze-64{,-any-step} runs/far_doom_maze{,_any_step,_memory} \\
   runs/autoencoder_doom_maze{,_decoder}
 touch latents-doom-maze-64{,-revisit}/{train,validation}/{00000,00150,00249,00250}.safetensors
 """
@@ -55,7 +55,7 @@ def test_every_step_has_options_that_its_script_takes(
     }
     record, *steps = commands(checkout)
     assert record[:2] == ["data/doom_maze.py", "doom-maze-64"]
-    revisits = steps.pop(7)
+    revisits = steps.pop(4)
     assert revisits[:4] == ["data/doom_maze.py", "doom-maze-64-revisit", "--walk", "revisit"]
     parsed = []
     for words in steps:
@@ -66,16 +66,14 @@ def test_every_step_has_options_that_its_script_takes(
             parsed.append(parse(options, (EncodeOptions,), None, positional="data")[1])
         else:
             parsed.append(parse(options, kinds[module], None)[-1])
-    first, second, encoded, far, pipeline, any_step, any_step_pipeline = parsed[:7]
-    again, memory, memory_pipeline = parsed[7:]
+    first, second, encoded, far, again, memory, pipeline, any_step, any_step_pipeline = parsed
     assert second.init_from == f"{first.output_dir}/autoencoder" and first.data == second.data == record[1]
-    assert encoded.output == far.latents == any_step.latents
+    assert encoded.output == far.latents
     assert again.output == f"{encoded.output}-revisit" and memory.latents == f"{encoded.output}-memory"
-    assert memory.pretrained == any_step.pretrained == f"{far.output_dir}/ema"
-    assert pipeline.transformer == f"{far.output_dir}/ema"
-    assert memory_pipeline.transformer == f"{memory.output_dir}/ema"
-    sizes = [options.batch_size for options in (first, second, far, any_step, memory)]
-    assert sizes == ([128, 64, 192, 64, 192] if form else [16, 16, 16, 16, 8])
+    assert memory.pretrained == f"{far.output_dir}/ema" and any_step.latents == memory.latents
+    assert pipeline.transformer == any_step.pretrained == f"{memory.output_dir}/ema"
+    sizes = [options.batch_size for options in (first, second, far, memory, any_step)]
+    assert sizes == ([128, 64, 192, 192, 64] if form else [16, 16, 16, 8, 16])
     joined = sorted((checkout / memory.latents).rglob("*.safetensors"))
     assert [str(path.relative_to(checkout / memory.latents)) for path in joined] == [
         *(f"train/explore/{name}.safetensors" for name in ("00000", "00150", "00249")),
@@ -84,9 +82,8 @@ def test_every_step_has_options_that_its_script_takes(
     ]
     assert any_step_pipeline.transformer == f"{any_step.output_dir}/ema"
     assert pipeline.autoencoder == any_step_pipeline.autoencoder == f"{second.output_dir}/autoencoder"
-    assert pipeline.num_training_frames == far.num_frames
+    assert pipeline.num_training_frames == memory.num_frames
     assert any_step_pipeline.num_training_frames == any_step.num_frames
-    assert memory_pipeline.num_training_frames == memory.num_frames
 
 
 def test_it_goes_on_where_it_was(checkout: Path) -> None:
@@ -94,5 +91,5 @@ def test_it_goes_on_where_it_was(checkout: Path) -> None:
     assert len(commands(checkout)) == 5
     assert run(checkout) == 0
     done = commands(checkout)
-    assert done[5] == done[4] and len(done) == 13
-    assert run(checkout) == 0 and len(commands(checkout)) == 13
+    assert done[5] == done[4] and len(done) == 12
+    assert run(checkout) == 0 and len(commands(checkout)) == 12

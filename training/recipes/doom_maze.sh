@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to the shipped world model and its variants, from the root of the checkout:
+# From nothing to the shipped world model and its any-step variant, from the root of the checkout:
 #   training/recipes/doom_maze.sh [OUTPUT]        # hours on two CPU cores with AMX; by default to runs/checkpoints
 #   training/recipes/doom_maze.sh --gpu [OUTPUT]  # some 20 minutes on one GPU (H100) with 16 CPU cores
 # Started again after an interruption, it goes on where it was: what is complete is skipped.
@@ -28,8 +28,8 @@ if [ "$gpu" ]; then
     [autoencoder_doom_maze]="--batch-size 128 --max-train-steps 3600"
     [autoencoder_doom_maze_decoder]="--batch-size 64 --max-train-steps 3000"
     [far_doom_maze]="$far --batch-size 192 --max-minutes 4"
-    [far_doom_maze_any_step]="$far --batch-size 64 --max-minutes 1"
-    [far_doom_maze_memory]="$far --batch-size 192 --max-minutes 4 --muon-learning-rate 2.5e-3 --learning-rate 8e-4"
+    [far_doom_maze_memory]="$far --batch-size 192 --max-minutes 6 --muon-learning-rate 2.5e-3 --learning-rate 8e-4"
+    [far_doom_maze_any_step]="$far --batch-size 64 --max-minutes 1.6"
   )
 fi
 
@@ -59,7 +59,7 @@ train_far() { # RECIPE PROCESSES...
 make_pipeline() { # NAME RECIPE OPTION...
   step "$output/$1/model_index.json" "$python" -m training.make_pipeline --output "$output/$1" \
     --transformer "runs/$2/ema" --autoencoder runs/autoencoder_doom_maze_decoder/autoencoder \
-    --sample-size 64 --action-names "${actions[@]}" --dtype float16 "${@:3}"
+    --sample-size 64 --action-names "${actions[@]}" --num-training-frames 256 --dtype float16 "${@:3}"
 }
 
 join_latents() { # validation is on the walks that come back
@@ -75,9 +75,6 @@ train_autoencoder autoencoder_doom_maze_decoder
 step $latents/.complete "$python" -m training.encode_latents $data --output $latents \
   --autoencoder runs/autoencoder_doom_maze/autoencoder --mixed-precision bf16
 train_far far_doom_maze "$python"
-make_pipeline far-doom-maze-64 far_doom_maze --num-training-frames 48 --solver UniPC --num-inference-steps 5
-train_far far_doom_maze_any_step "$python"
-make_pipeline far-doom-maze-64-any-step far_doom_maze_any_step --num-training-frames 48 --num-inference-steps 2
 
 # The second stage, for memory: walks that come back, beside the first episodes of the walks above.
 step $data-revisit/.complete "$python" data/doom_maze.py $data-revisit --walk revisit --maze-nodes 3 5 \
@@ -86,4 +83,6 @@ step $latents-revisit/.complete "$python" -m training.encode_latents $data-revis
   --autoencoder runs/autoencoder_doom_maze/autoencoder --mixed-precision bf16
 step $latents-memory/.complete join_latents
 train_far far_doom_maze_memory "${two_processes[@]}"
-make_pipeline far-doom-maze-64-memory far_doom_maze_memory --num-training-frames 256 --solver UniPC --num-inference-steps 5
+make_pipeline far-doom-maze-64 far_doom_maze_memory --solver UniPC --num-inference-steps 5
+train_far far_doom_maze_any_step "$python"
+make_pipeline far-doom-maze-64-any-step far_doom_maze_any_step --num-inference-steps 2
