@@ -90,7 +90,7 @@ def test_a_recipe_has_the_published_sizes_and_settings(published: Path, name: st
     model = preset(name)
     expected = dict(model.transformer)
     del expected["in_channels"], expected["out_channels"]  # those of the latents
-    assert vars(sizes) == expected | {"axes_dims_rope": [16, 24, 24]}
+    assert vars(sizes) == expected | {"axes_dims_rope": [16, 24, 24], "action_dim": None}
     assert options.num_frames == model.num_frames and name in options.output_dir
     is_long = model.long_patch_size is not None
     steps = 1_000_000 if is_long else 200_000 if model.num_context_frames else 400_000

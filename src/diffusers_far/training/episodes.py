@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -233,6 +233,13 @@ class VideoPart:
 # Episodes
 
 
+class Actions(NamedTuple):
+    """What led to the frames of a video."""
+
+    values: tuple[Any, ...]  # one per frame: an int, ints of several groups, or the floats of a vector
+    names: tuple[str, ...] = ()  # of the groups, or of the numbers of a vector, where they are known
+
+
 def no_actions() -> None:
     """What `read_actions` is where nothing is known."""
 
@@ -245,12 +252,19 @@ class Episode:
     video: Video
     class_label: int | None = None
     revisits: tuple[int, ...] | None = None  # one per frame: how many frames ago its view was last seen
-    read_actions: Callable[[], tuple[int, ...] | None] = field(default=no_actions, repr=False)
+    read_actions: Callable[[], Actions | None] = field(default=no_actions, repr=False)
 
     @property
-    def actions(self) -> tuple[int, ...] | None:
+    def actions(self) -> tuple[Any, ...] | None:
         """One for each frame of the video: `actions[t]` led to frame t."""
-        return self.read_actions()
+        actions = self.read_actions()
+        return None if actions is None else actions.values
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of groups of actions, or of the numbers of vectors; empty where nothing says so."""
+        actions = self.read_actions()
+        return () if actions is None else actions.names
 
     @property
     def frame_rate(self) -> float | None:
@@ -338,11 +352,9 @@ class Episode:
         return str(path) if path.stem == PurePosixPath(self.name).name else f"{path}: {self.name}"
 
 
-def _some_actions(
-    read: Callable[[], tuple[int, ...] | None], first: int, end: int | None
-) -> tuple[int, ...] | None:
+def _some_actions(read: Callable[[], Actions | None], first: int, end: int | None) -> Actions | None:
     actions = read()
-    return None if actions is None else actions[first:end]
+    return None if actions is None else actions._replace(values=actions.values[first:end])
 
 
 def fit(frame: np.ndarray, height: int, width: int, how: str) -> np.ndarray:

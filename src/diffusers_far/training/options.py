@@ -148,11 +148,16 @@ class ModelOptions:
     attention_head_dim: Count = option(64, "width of a head")
     axes_dims_rope: list[int] = option([16, 24, 24], "of it, for time, height and width")
     num_classes: Count | None = option(None, "classes of videos that condition the model")
-    num_actions: Count | None = option(None, "actions of frames that condition the model")
+    num_actions: list[int] | None = option(
+        None, "actions of frames that condition the model; several numbers are sizes of groups"
+    )
+    action_dim: Count | None = option(None, "numbers of a continuous action, in place of num_actions")
     short_window: Count = option(16, "frames of a Long model's window")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.num_actions, list) and len(self.num_actions) == 1:  # from a command line
+            self.num_actions = self.num_actions[0]  # type: ignore[assignment]
 
     def check_unused(self, config: Any) -> None:
         """Refuse sizes other than those of a model that is there already."""

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..actions import ActionSpace
 from ..shipped import CHECKPOINT, find
 from ..whole_files import written_whole
 from .episodes import Episode
@@ -213,7 +214,8 @@ def measure_cost(sizes: dict[str, Any], in_channels: int, grid: tuple[int, int],
     is_long = sizes.get("long_patch_size") is not None
     window = min(num_frames, sizes["short_window"]) if is_long else num_frames
     latents = torch.zeros(1, num_frames, in_channels, *grid)
-    labels = torch.zeros(1, num_frames, dtype=torch.long) if sizes.get("num_actions") else None
+    space = ActionSpace.of(sizes)
+    labels = None if space is None else space.null((1, num_frames))
     classes = torch.zeros(1, dtype=torch.long) if sizes.get("num_classes") else None
     clips = Clips(latents, window, labels, classes, ("",)).to(device)
     costs = []
@@ -270,12 +272,14 @@ def count_parameters(sizes: dict[str, Any], in_channels: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def conditions(source: Source) -> dict[str, int]:
-    """`num_actions` and `num_classes` of the model, by the episodes that are examined."""
-    found: dict[str, int] = {}
+def conditions(source: Source) -> dict[str, Any]:
+    """What conditions the model, by the episodes that are examined: `num_actions` and so on."""
+    from .clips import action_options, stack_actions
+
+    found: dict[str, Any] = {}
     actions = [episode.actions for episode in source.split("train").some(16)]
-    if all(values is not None for values in actions):
-        found["num_actions"] = 1 + max(max(values or (0,)) for values in actions)
+    if all(actions):
+        found |= action_options([stack_actions(values) for values in actions if values])
     labels = [episode.class_label for episode in source.split("train").some(16)]
     if all(label is not None for label in labels):
         found["num_classes"] = max(len(source.class_names), *(1 + (label or 0) for label in labels))
@@ -550,7 +554,7 @@ def encode_all(source: Source, options: TrainOptions, autoencoder: str) -> None:
 
 def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, int]) -> None:
     """Bring the plan in line with all videos, now that each has been read."""
-    from .clips import LatentVideos
+    from .clips import LatentVideos, action_options
 
     splits = [LatentVideos(Path(options.output_dir) / "latents" / split) for split in ("train", "validation")]
     longest = min(max(videos.num_frames) for videos in splits)
@@ -560,10 +564,13 @@ def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, i
         say(f"clips of {longest} frames: no video, or no held-out one, is longer")
         plan.num_frames = longest
     sizes = choose_sizes(options.size, plan.num_frames, grid)
-    for name, option_name in (("actions", "num_actions"), ("class_labels", "num_classes")):
+    for name in ("actions", "class_labels"):
         values = [value for videos in splits for value in getattr(videos, name)]
         if all(value is not None for value in values):
-            sizes[option_name] = 1 + max(int(value.max()) for value in values)
+            if name == "actions":
+                sizes |= action_options(values)
+            else:
+                sizes["num_classes"] = 1 + max(int(value) for value in values)
         elif any(value is not None for value in values):
             say(f"{name.replace('_', ' ')} are left out: some videos have none")
     if "num_classes" in sizes:
@@ -605,7 +612,7 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan) -> str:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     conditions: dict[str, Any] = {}
-    if plan.sizes.get("num_actions") and episode.actions is not None:
+    if ActionSpace.of(plan.sizes) is not None and episode.actions is not None:
         conditions["actions"] = [episode.actions[number] for number in numbers]
     if plan.sizes.get("num_classes"):
         conditions["class_labels"] = episode.class_label
