@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from diffusers_far.training.options import FrameOptions
+from diffusers_far.training import encode_latents, train_folder
+from diffusers_far.training.episodes import load_frames
+from diffusers_far.training.options import AutoencoderOptions, FrameOptions
 from diffusers_far.training.sources import Source, hold_out, open_source
+from diffusers_far.training.train_autoencoder import AutoencoderTrainer
 from tests.conftest import REPOSITORY
 from tests.hub.hub_double import HubDouble, Repository, serve
 from tests.video_writing import numbered_frames, numbers, write_video
@@ -219,9 +222,9 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         open_source(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"notes\.txt' is a file"):
         open_source(tmp_path / "none/notes.txt")
-    write_video(tmp_path / "one/a.mp4", numbered_frames(2))
+    write_video(tmp_path / "one/a.mp4", numbered_frames(3))
     assert len(open_source(tmp_path / "one").split("train")) == 1
-    with pytest.raises(ValueError, match="has one video, which cannot be both trained on and held out"):
+    with pytest.raises(ValueError, match="has one video, whose end cannot be held out, as it is too short"):
         open_source(tmp_path / "one").split("validation")
 
 
@@ -237,6 +240,54 @@ def test_what_is_held_out() -> None:
     assert hold_out(names[:1000]) == held_out & set(names[:1000])
     assert [len(hold_out(names[:number])) for number in (1, 2, 3, 4, 5)] == [0, 1, 2, 2, 2]
     assert hold_out(list(reversed(names))) == held_out
+
+
+def test_the_end_of_a_single_video_is_held_out(tmp_path: Path) -> None:
+    """With its actions, and with `revisits` of what the part itself has shown."""
+    write_video(tmp_path / "data/a.mp4", numbered_frames(30))
+    actions, revisits = list(range(30)), [0] * 30
+    revisits[14], revisits[20], revisits[21] = 14, 5, 6  # frames 0, 15 and 15
+    row = {"file_name": "a.mp4", "actions": actions, "revisits": revisits, "label": 3}
+    (tmp_path / "data/metadata.jsonl").write_text(json.dumps(row))
+    source = open_source(tmp_path / "data")
+    assert shown(source, "train") == {"a": list(range(15))}
+    assert shown(source, "validation") == {"a": list(range(15, 30))}
+    assert known(source) == {"a": (tuple(range(15)), 3)}
+    assert known(source, "validation") == {"a": (tuple(range(15, 30)), 3)}
+    (first,), (last,) = source.split("train"), source.split("validation")
+    assert first.revisits == (*[0] * 14, 14)
+    assert last.revisits == (*[0] * 5, 5, 6, *[0] * 8)
+    assert first.video.stated().num_frames == last.video.stated().num_frames == 15
+    assert first.video.digest().hexdigest() != last.video.digest().hexdigest()
+    assert [number for number, _ in last.frames(FrameOptions(fps=2))] == [0, 5, 10]
+    _, frames, split = source.describe().splitlines()
+    assert frames.endswith("; 15 frames to train on; with actions and revisits and a class label")
+    assert split == "its first 15 frames to train on, the rest held out for validation"
+    decoded = [
+        load_frames(source.split(split), tmp_path / "cache", FrameOptions())
+        for split in ("train", "validation")
+    ]
+    assert [numbers(list(frames)) for frames in decoded] == [list(range(15)), list(range(15, 30))]
+
+    (tmp_path / "data/metadata.jsonl").write_text(json.dumps(row | {"actions": actions[:-1]}))
+    with pytest.raises(ValueError, match=r"a\.mp4: 15 frames, but 14 actions"):
+        shown(open_source(tmp_path / "data"), "validation")
+
+
+@pytest.mark.parametrize(("num_frames", "trained_on"), [(4, 2), (50, 25), (90, 58), (400, 360)])
+def test_how_much_of_a_single_video_is_held_out(tmp_path: Path, num_frames: int, trained_on: int) -> None:
+    np.savez(tmp_path / "a.npz", video=numbered_frames(num_frames, 4, 4))
+    source = open_source(tmp_path)
+    episodes = [*source.split("train"), *source.split("validation")]
+    lengths = [len(list(episode.frames())) for episode in episodes]
+    assert lengths == [trained_on, num_frames - trained_on]
+
+
+def test_a_single_video_that_does_not_say_how_long_it_is(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mkv", numbered_frames(9))
+    source = open_source(tmp_path)
+    assert shown(source, "train") == {"a": [0, 1, 2, 3, 4]}
+    assert shown(source, "validation") == {"a": [5, 6, 7, 8]}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -556,6 +607,9 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 # LeRobot
 
 
+TOP = "observation.images.top"
+
+
 def lerobot(folder: Path, action: dict, values: list) -> Path:
     """A data set of version 3: three episodes of 4, 5 and 6 frames, in one mp4 and one parquet file."""
     info = {
@@ -594,7 +648,7 @@ def lerobot(folder: Path, action: dict, values: list) -> Path:
 
 
 def test_lerobot_with_one_integer_as_action(tmp_path: Path) -> None:
-    source = open_source(lerobot(tmp_path, {"dtype": "int64", "shape": [1]}, list(range(15))))
+    source = open_source(lerobot(tmp_path, {"dtype": "int64", "shape": [1]}, list(range(15))), camera=TOP)
     frames = shown(source, "train") | shown(source, "validation")
     assert frames == {
         "episode-000000": [0, 1, 2, 3],
@@ -605,10 +659,7 @@ def test_lerobot_with_one_integer_as_action(tmp_path: Path) -> None:
     # An action of LeRobot follows its frame; ours leads to it.
     assert found == {name: ((-1, *numbers[:-1]), None) for name, numbers in frames.items()}
     first = source.describe().splitlines()[0]
-    assert (
-        "LeRobot v3.0, 3 episodes of the camera observation.images.top (of observation.images.top, obs"
-        in first
-    )
+    assert first.endswith("LeRobot v3.0, 3 episodes of the camera observation.images.top")
     everything = [*source.split("train"), *source.split("validation")]
     assert len({episode.video.digest().hexdigest() for episode in everything}) == 3
 
@@ -617,7 +668,7 @@ def test_lerobot_with_one_integer_as_action(tmp_path: Path) -> None:
 def test_lerobot_with_continuous_actions(tmp_path: Path, names: Any) -> None:
     action = {"dtype": "float32", "shape": [2], "names": names}
     folder = lerobot(tmp_path, action, [[0.5, -number] for number in range(15)])
-    source = open_source(folder)
+    source = open_source(folder, camera=TOP)
     found = {episode.name: episode for episode in [*source.split("train"), *source.split("validation")]}
     actions = np.array(found["episode-000001"].actions)
     assert np.isnan(actions[0]).all()
@@ -625,17 +676,43 @@ def test_lerobot_with_continuous_actions(tmp_path: Path, names: Any) -> None:
     fits = names not in (["x"], None)
     assert found["episode-000001"].action_names == (("x", "y") if fits else ())
     assert f"actions (vectors of 2 numbers{': x, y' if fits else ''})" in source.describe()
-    source = open_source(folder, ignore_actions=True)
+    source = open_source(folder, ignore_actions=True, camera=TOP)
     assert known(source, "validation").popitem()[1] == (None, None)
 
 
 def test_lerobot_of_another_version(tmp_path: Path) -> None:
     folder = lerobot(tmp_path, {"dtype": "float32", "shape": [1]}, [[0.5]] * 15)
-    assert open_source(folder).split("train").listed[0].actions[1] == (0.5,)
+    assert open_source(folder, camera=TOP).split("train").listed[0].actions[1] == (0.5,)
     info = json.loads((folder / "meta/info.json").read_text())
     (folder / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match=r"is a LeRobot data set of version v2\.1; it takes v3"):
+        open_source(folder, camera=TOP)
+
+
+def test_a_camera_of_several(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, {"dtype": "int64", "shape": [1]}, list(range(15)))
+    names = r"observation\.images\.top{}observation\.images\.wrist"
+    with pytest.raises(ValueError, match=r"has 2 cameras: choose one by --camera " + names.format(" or ")):
         open_source(folder)
+    with pytest.raises(ValueError, match=r"camera='top': .* has " + names.format(", ")):
+        open_source(folder, camera="top")
+    info = json.loads((folder / "meta/info.json").read_text())
+    del info["features"]["observation.images.wrist"]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    assert "the camera observation.images.top" in open_source(folder).kind
+    write_video(tmp_path / "videos/a.mp4", numbered_frames(2))
+    with pytest.raises(ValueError, match=r"camera='top': .* is no LeRobot data set"):
+        open_source(tmp_path / "videos", camera="top")
+    # Options of the scripts reach it.
+    command = [str(folder), "--camera", "wrist", "--output-dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="camera='wrist': "):
+        train_folder.main(command)
+    with pytest.raises(ValueError, match="camera='wrist': "):
+        options = AutoencoderOptions(data=str(folder), output_dir=str(tmp_path / "run"), camera="wrist")
+        AutoencoderTrainer(options)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="camera='wrist': "):
+        encode_latents.main([*command[:3], "--autoencoder", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def encode(
 
 def main(command_line: list[str]) -> None:
     data, options = parse(command_line, (EncodeOptions,), __doc__, positional="data")
-    source = open_source(data, options.ignore_actions)
+    source = open_source(data, options.ignore_actions, options.camera)
     if "validation" not in options.splits:
         source = replace(source, holds_out=False)  # all that there is, then
     if PartialState().is_main_process:

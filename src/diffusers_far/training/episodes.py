@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -203,6 +203,32 @@ def _read_image(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
+@dataclass(frozen=True)
+class VideoPart:
+    """Frames of a video from number `first` on, up to `end`, which is left out; None: all that follow."""
+
+    video: Video
+    first: int
+    end: int | None
+
+    @property
+    def path(self) -> Path:
+        return self.video.path
+
+    def timed_frames(self) -> TimedFrames:
+        return islice(self.video.timed_frames(), self.first, self.end)
+
+    def stated(self) -> Stated:
+        whole = self.video.stated()
+        end = whole.num_frames if self.end is None else self.end
+        return replace(whole, num_frames=None if end is None else end - self.first)
+
+    def digest(self) -> Any:
+        digest = self.video.digest()
+        digest.update(repr((self.first, self.end)).encode())
+        return digest
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Episodes
 
@@ -306,11 +332,29 @@ class Episode:
         if shown is not None and num_taken / fps <= last - begin + tolerance:
             yield shown
 
+    def part(self, first: int, end: int | None = None) -> "Episode":
+        """Frames `first` to `end`, which is left out, and what is known of them."""
+        revisits = self.revisits
+        if revisits is not None:  # of what was seen in this part
+            ages = enumerate(revisits[first:end])
+            revisits = tuple(age if age <= number else 0 for number, age in ages)
+        return replace(
+            self,
+            video=VideoPart(self.video, first, end),
+            revisits=revisits,
+            read_actions=partial(_some_actions, self.read_actions, first, end),
+        )
+
     @property
     def where(self) -> str:
         """For messages: its file, and its name where the file has others."""
         path = self.video.path
         return str(path) if path.stem == PurePosixPath(self.name).name else f"{path}: {self.name}"
+
+
+def _some_actions(read: Callable[[], Actions | None], first: int, end: int | None) -> Actions | None:
+    actions = read()
+    return None if actions is None else actions._replace(values=actions.values[first:end])
 
 
 class Shard(Protocol):
@@ -363,12 +407,16 @@ class Episodes:
     def fingerprint(self) -> str:
         """A hash of the names, and of the paths, sizes and times of the files."""
         files: set[Path] = {shard.path for shard in self.shards}
+        parts = []
         for episode in self.listed:
             video = episode.video
+            if isinstance(video, VideoPart):
+                parts.append((video.first, video.end))
+                video = video.video
             files |= set(video.images) if isinstance(video, ImageSequence) else {video.path}
         state = [(str(file.resolve()), file.stat()) for file in sorted(files)]
         identity = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in state]
-        return hashlib.sha256(repr((self.names, identity)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.names, identity, *parts)).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ class FrameOptions:
         None, "frames a second, taken by the times at which a video shows them; else all frames"
     )
     stride: Count = option(1, "of these, every so many")
+    camera: str | None = option(None, "of a LeRobot data set with several: the feature's name")
 
     def __post_init__(self) -> None:
         check_ranges(self)

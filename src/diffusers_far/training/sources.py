@@ -48,6 +48,7 @@ from .episodes import (
     RecordedVideo,
     Shard,
     Stated,
+    VideoPart,
     no_actions,
 )
 from .options import FrameOptions
@@ -55,6 +56,7 @@ from .options import FrameOptions
 VIDEO_ENDINGS = "avi|flv|gif|m4v|mkv|mov|mp4|mpeg|mpg|ts|webm|wmv"
 SPLITS = {"train": "train"} | dict.fromkeys(("validation", "valid", "val"), "validation") | {"test": "test"}
 VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 2
+LAST_SHARE, LEAST_LAST_FRAMES = 0.1, 32  # held out of the only video
 NUM_EXAMINED = 64  # episodes that `describe` opens
 
 logger = logging.getLogger(__name__)
@@ -75,17 +77,18 @@ class Source:
 
         Without a split for validation, a hash of the names holds out about 5% of the episodes, and at least
         2. What is trained on is still trained on when other episodes are added, and what is held out mostly
-        stays so.
+        stays so. Of a single episode, the last tenth is held out, or 32 frames, but at most half.
 
         Raises:
-            ValueError: for a split that is not there, and if there is only one episode.
+            ValueError: for a split that is not there, and if there is only one episode that cannot be parted:
+                of a shard, or of less than four frames.
         """
         if name in self._splits:
             return self._splits[name]
         if name == "validation":
             raise ValueError(
-                f"data={self.data!r} has one video, which cannot be both trained on and held out; it takes "
-                "two or more, or a folder validation"
+                f"data={self.data!r} has one video, whose end cannot be held out, as it is too short or in a "
+                "shard; it takes a longer file, two or more videos, or a folder validation"
             )
         raise ValueError(f"data={self.data!r} has no folder {name!r}; it has {', '.join(self._splits)}")
 
@@ -96,11 +99,17 @@ class Source:
     @cached_property
     def _splits(self) -> dict[str, Episodes]:
         splits = dict(self.splits)
-        if "train" in splits and self.is_held_out_by_hash and len(splits["train"]) > 1:
-            everything = splits["train"]
+        if "train" not in splits or not self.is_held_out_by_hash:
+            return splits
+        everything = splits["train"]
+        if len(everything) > 1:
             held_out = hold_out(everything.names)
             splits["train"] = everything.only(set(everything.names) - held_out)
             splits["validation"] = everything.only(held_out)
+        elif everything.listed and (cut := _end_of_training(everything.listed[0])):
+            (single,) = everything.listed
+            splits["train"] = Episodes.of([single.part(0, cut)], ())
+            splits["validation"] = Episodes.of([single.part(cut)], ())
         return splits
 
     def examine(self, split: str, options: FrameOptions) -> "Examined":
@@ -131,6 +140,8 @@ class Source:
         if name == "train" and "validation" in self._splits:
             how = "by a hash of their names" if self.is_held_out_by_hash else "as the source says"
             split += f", {len(self.split('validation'))} held out for validation {how}"
+        if isinstance(episode.video, VideoPart):
+            split = f"its first {episode.video.end} frames to train on, the rest held out for validation"
         return f"{found}\n{frames}\n{split}"
 
 
@@ -186,6 +197,15 @@ def hold_out(names: Sequence[str]) -> set[str]:
     return set(order[: min(max(len(chosen), LEAST_VALIDATION), len(order) - 1)])
 
 
+def _end_of_training(single: Episode) -> int | None:
+    """The frame from which on the only episode is held out; None for one that is too short."""
+    num_frames = single.video.stated().num_frames
+    if num_frames is None:
+        num_frames = sum(1 for _ in single.video.timed_frames())
+    held_out = min(max(int(LAST_SHARE * num_frames), LEAST_LAST_FRAMES), num_frames // 2)
+    return None if held_out < 2 else num_frames - held_out
+
+
 def _hash_share(name: str) -> float:
     """In [0, 1), of a name, whatever the system."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
@@ -195,12 +215,13 @@ def _hash_share(name: str) -> float:
 # What a folder is
 
 
-def open_source(data: str | Path, ignore_actions: bool = False) -> Source:
+def open_source(data: str | Path, ignore_actions: bool = False, camera: str | None = None) -> Source:
     """Find out what a folder holds, or download a repo of the Hub and find out what that holds.
 
     Args:
         data: folder, or id of a data set on the Hub, such as name/dataset.
         ignore_actions: read the videos alone.
+        camera: which one of a LeRobot data set; it may be None where there is one only.
 
     Raises:
         ValueError: for a folder without episodes, and for what does not fit the format, with its file.
@@ -214,7 +235,9 @@ def open_source(data: str | Path, ignore_actions: bool = False) -> Source:
         raise ValueError(f"data={data!r} {problem}; it takes a folder, or the id of a data set on the Hub")
     files = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path, folder) and path.is_file()]
     if (folder / "meta/info.json") in files:
-        source = _open_lerobot(data, folder, ignore_actions)
+        source = _open_lerobot(data, folder, ignore_actions, camera)
+    elif camera is not None:
+        raise ValueError(f"camera={camera!r}: {data} is no LeRobot data set, which alone has cameras")
     elif lists := [file for file in files if file.name == "trainlist01.txt"]:
         source = _open_ucf101(data, files, lists[0])
     else:
@@ -764,7 +787,7 @@ def _open_ucf101(data: str, files: Sequence[Path], train_list: Path) -> Source:
 # LeRobot
 
 
-def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
+def _open_lerobot(data: str, folder: Path, ignore_actions: bool, camera: str | None) -> Source:
     """A LeRobot data set of version 3: mp4 files of many episodes, whose times parquet files have."""
     from pyarrow import parquet
 
@@ -776,7 +799,13 @@ def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
     cameras = sorted(name for name, feature in features.items() if feature["dtype"] == "video")
     if not cameras:
         raise ValueError(f"{folder} is a LeRobot data set without a feature of dtype video")
-    action, camera = features.get("action"), cameras[0]
+    if camera is None and len(cameras) > 1:
+        raise ValueError(
+            f"{folder} has {len(cameras)} cameras: choose one by --camera {' or '.join(cameras)}"
+        )
+    if camera is not None and camera not in cameras:
+        raise ValueError(f"camera={camera!r}: {folder} has {', '.join(cameras)}")
+    action, camera = features.get("action"), camera or cameras[0]
     has_actions = action is not None and not ignore_actions
     names = _lerobot_names(action) if action is not None else ()
     half = 0.5 / info["fps"]  # times are rounded
@@ -797,8 +826,6 @@ def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
     if not episodes:
         raise ValueError(f"{folder / 'meta/episodes'} has no episodes")
     kind = f"LeRobot {version}, {len(episodes):,} episodes of the camera {camera}"
-    if len(cameras) > 1:
-        kind += f" (of {', '.join(cameras)})"
     return Source(data, kind, {"train": Episodes.of(episodes, ())})
 
 

@@ -86,7 +86,7 @@ class AutoencoderTrainer:
         self.run = Run("autoencoder", options)
         accelerator, device = self.run.accelerator, self.run.accelerator.device
         cache_dir = options.cache_dir or f"{options.data.rstrip('/')}.cache"
-        source = open_source(options.data, ignore_actions=True)
+        source = open_source(options.data, ignore_actions=True, camera=options.camera)
         with accelerator.main_process_first():  # the others find the decoded frames
             self.frames, held_out = (
                 load_frames(source.split(split), cache_dir, options)

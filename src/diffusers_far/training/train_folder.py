@@ -446,7 +446,7 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
             f"autoencoder={options.autoencoder!r} must be a folder with config.json, or auto, shipped or new"
         )
     output = Path(options.output_dir)
-    source = open_source(data, options.ignore_actions)
+    source = open_source(data, options.ignore_actions, options.camera)
     say(source.describe(options))
     source.split("validation")
 
