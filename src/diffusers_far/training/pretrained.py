@@ -1,0 +1,279 @@
+"""Trained models to go on from: where they are, what is changed before they are trained on, and LoRA.
+
+A changed model takes over all weights that it still has. Of the others,
+
+- the row of an action or class that is new starts as the null condition, as of a frame whose action is not
+  known; that of a model that had no such conditions as zero;
+- without actions (or classes) the model becomes what it was under the null condition;
+- projections of long-term tokens start as those of short-term ones, the embedding of a long-term token as the
+  mean of the short-term ones that it takes the place of;
+
+so that a changed model begins as good as the trained one was, where that can be.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from ..pipeline_far_video import FARVideoPipeline
+from ..shipped import locate
+from ..transformer_far import FARTransformer3DModel
+from .options import ModelOptions, StartOptions
+
+# Layers that an adapter is for: attention and feed-forward, of both kinds of tokens.
+LORA_LAYERS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2"),
+]
+# Layers of long-term tokens, and those of short-term ones that they start from.
+LONG_LAYERS = {
+    "add_q_proj": "to_q",
+    "add_k_proj": "to_k",
+    "add_v_proj": "to_v",
+    "norm_added_q": "norm_q",
+    "norm_added_k": "norm_k",
+    "to_add_out": "to_out.0",
+}
+EMBEDDERS = {"num_actions": "action_embedder", "num_classes": "class_embedder"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where it is
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained model.
+
+    Args:
+        name: what the user calls it.
+        transformer: folder of the model.
+        pipeline: folder of the pipeline that it is a part of; None for a model alone.
+    """
+
+    name: str
+    transformer: Path
+    pipeline: Path | None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Options of the model."""
+        saved = dict(FARTransformer3DModel.load_config(self.transformer))
+        if saved.get("_class_name") != "FARTransformer3DModel":
+            raise ValueError(
+                f"pretrained={self.name!r} is a {saved.get('_class_name')}; it takes a FARTransformer3DModel"
+            )
+        with torch.device("meta"):  # which fills in options that an earlier version did not have
+            return dict(FARTransformer3DModel.from_config(saved).config)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Options of the pipeline; none of a model alone."""
+        return {} if self.pipeline is None else json.loads((self.pipeline / "model_index.json").read_text())
+
+    @property
+    def action_names(self) -> list[str] | None:
+        return self.settings.get("action_names")
+
+    @property
+    def num_training_frames(self) -> int | None:
+        return self.settings.get("num_training_frames")
+
+    @property
+    def resolution(self) -> str | None:
+        """Default height and width of its frames, as the option of this name."""
+        size = self.settings.get("sample_size")
+        return None if size is None else "x".join(map(str, [size] if isinstance(size, int) else size))
+
+    def load(self) -> FARTransformer3DModel:
+        return FARTransformer3DModel.from_pretrained(self.transformer)
+
+
+def find_pretrained(name: str) -> Pretrained:
+    """The pipeline, or the model alone, of a folder or of a repo of the Hub, which is downloaded.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    try:
+        place = locate(name)
+    except ValueError:
+        raise ValueError(
+            f"pretrained={name!r} is neither a folder nor a repo id such as name/model"
+        ) from None
+    folder = Path(place)
+    if not folder.exists():
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if (folder / "model_index.json").is_file():
+        if not (folder / "transformer/config.json").is_file():
+            raise ValueError(f"pretrained={name!r} is a pipeline without a transformer; it takes one of FAR")
+        return Pretrained(name, folder / "transformer", folder)
+    if (folder / "config.json").is_file():
+        return Pretrained(name, folder, None)
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        raise ValueError(f"pretrained={name!r} is a LoRA; it takes the pipeline that the LoRA is for")
+    raise ValueError(
+        f"pretrained={name!r} has neither model_index.json, as a pipeline, nor config.json, as a transformer"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is changed
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is changed in a trained model before it is trained on."""
+
+    options: dict[str, Any]  # of its configuration
+    # By option, for each action (or class) which one of the trained model it was; None: it is new. Only where
+    # that is not as it was.
+    rows: dict[str, list[int | None]] = field(default_factory=dict)
+    action_names: list[str] | None = None  # when it is done
+    told: tuple[str, ...] = ()  # to the user
+
+
+def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptions) -> Change:
+    """What has to be changed for these sizes and names of actions.
+
+    Raises:
+        ValueError: for sizes that stay as they are, and for changes that an adapter cannot hold.
+    """
+    config, wanted, names = pretrained.config, sizes.given(), options.action_names
+    if names is not None:
+        wanted.setdefault("num_actions", len(names))
+        check_action_names(names, wanted["num_actions"])
+    changed = {name: value for name, value in wanted.items() if value != _plain(config[name])}
+    becomes_long = config["long_patch_size"] is None and "long_patch_size" in changed
+    may_change = {*EMBEDDERS, *(("long_patch_size", "short_window") if becomes_long else ())}
+    for name, value in changed.items():
+        if name not in may_change:
+            raise ValueError(f"{name}={value}: the pretrained model has {_plain(config[name])}, which stays")
+    told, rows = [], {}
+    for option, things in (("num_actions", "actions"), ("num_classes", "classes")):
+        before, after = config[option], wanted.get(option, config[option])
+        named = (pretrained.action_names, names) if option == "num_actions" else (None, None)
+        if after and (matched := match(before, after, *named)) != list(range(before or 0)):
+            rows[option] = matched
+            told.append(f"{things}: {describe_match(matched, before, *named)}")
+        elif before and not after:
+            told.append(f"{things}: none any more; the model becomes what it was where none was known")
+    if becomes_long:
+        told.append("long-term frames: new; their projections start as those of short-term frames")
+    if told and options.lora_rank is not None:
+        raise ValueError(
+            f"lora_rank={options.lora_rank}: an adapter leaves the model as it is, but of "
+            f"{pretrained.name} would be changed: {'; '.join(told)}. Train without lora_rank, or on data "
+            "that fits"
+        )
+    same = "num_actions" not in changed and names is None
+    return Change(changed, rows, pretrained.action_names if same else names, tuple(told))
+
+
+def check_action_names(names: list[str], num_actions: int | None) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"action_names={names} has a name twice")
+    if len(names) != (num_actions or 0):
+        raise ValueError(f"action_names={names} are {len(names)}; num_actions is {num_actions}")
+
+
+def match(
+    before: int | None, after: int, names_before: list[str] | None, names: list[str] | None
+) -> list[int | None]:
+    """For each action (or class), which one of the trained model it is; None: a new one.
+
+    They are told apart by their names. Without names, as many are taken to be the same ones.
+    """
+    if before and names_before and names:
+        return [names_before.index(name) if name in names_before else None for name in names]
+    return list(range(after)) if before == after else [None] * after
+
+
+def describe_match(
+    matched: list[int | None], before: int | None, names_before: list[str] | None, names: list[str] | None
+) -> str:
+    kept = [new for new, old in enumerate(matched) if old is not None]
+    if not kept:
+        why = "the model had none" if not before else f"the model had {before}, and no name that is the same"
+        return f"{len(matched)}, all made anew: {why}"
+    assert names is not None
+    new = [name for number, name in enumerate(names) if number not in kept]
+    made = f"; made anew: {', '.join(new)}" if new else ""
+    return f"kept from the model: {', '.join(names[number] for number in kept)}{made}"
+
+
+def change_model(model: FARTransformer3DModel, change: Change) -> FARTransformer3DModel:
+    """A model with the weights of a trained one, and the changes."""
+    changed = FARTransformer3DModel.from_config(model.config, **change.options)
+    weights, drawn = dict(model.state_dict()), changed.state_dict()
+    for option, embedder in EMBEDDERS.items():
+        name = f"{embedder}.weight"
+        if name not in drawn:
+            if (table := weights.pop(name, None)) is not None:
+                bias = "timestep_embedder.linear_2.bias"
+                weights[bias] = weights[bias] + table[-1]
+        elif name not in weights:
+            weights[name] = torch.zeros_like(drawn[name])
+        elif option in change.rows:
+            table = weights[name]
+            rows = [table[-1 if row is None else row] for row in change.rows[option]]
+            weights[name] = torch.stack([*rows, table[-1]])
+    if changed.is_long and not model.is_long:
+        patch, ratio = model.config.patch_size, changed.config.long_patch_size // model.config.patch_size
+        weights["context_embedder.weight"] = mean_of_tokens(weights["x_embedder.weight"], patch, ratio)
+        weights["context_embedder.bias"] = weights["x_embedder.bias"]
+        for name in drawn:
+            layer = next((layer for layer in LONG_LAYERS if f".{layer}." in name), None)
+            if layer is not None:
+                weights[name] = weights[name.replace(layer, LONG_LAYERS[layer])]
+    for name, weight in drawn.items():
+        if name.startswith("interval_embedder."):  # which says nothing as it is drawn
+            weights.setdefault(name, weight)
+    changed.load_state_dict(weights)
+    return changed
+
+
+def mean_of_tokens(weight: Tensor, patch: int, ratio: int) -> Tensor:
+    """Embedding of a larger patch: what the mean of those of `ratio` x `ratio` patches in it would be.
+
+    Args:
+        weight: `[D, C * patch * patch]`.
+
+    Returns:
+        `[D, C * (ratio * patch) ** 2]`.
+    """
+    pixels = weight.unflatten(1, (-1, patch, patch))
+    return (pixels.tile(1, 1, ratio, ratio) / ratio**2).flatten(1)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def add_lora(model: FARTransformer3DModel, rank: int) -> None:
+    """Freeze a model, and give it an adapter to train, which at first changes nothing."""
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS))
+
+
+def save_lora(model: FARTransformer3DModel, folder: Path) -> None:
+    """Write a model's adapter as `FARVideoPipeline.load_lora_weights` reads it."""
+    from peft.utils import get_peft_model_state_dict
+
+    FARVideoPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
