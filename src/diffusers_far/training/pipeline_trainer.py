@@ -1,6 +1,7 @@
 """Training that writes a whole pipeline, ready to use, beside every checkpoint."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,27 @@ class PipelineTrainer(FARTrainer):
         facts: Sequence[str],
     ) -> None:
         super().__init__(sizes, options, facts)
-        self.vae, self.scheduler = AutoencoderDC.from_pretrained(autoencoder), make_scheduler("Euler")
-        self.settings: dict[str, Any] = {
-            "num_inference_steps": NUM_INFERENCE_STEPS,
-            "num_training_frames": options.num_frames,
-            "sample_size": sample_size,
-            "action_names": self.action_names,
-        }
+        self.autoencoder, self.sample_size = autoencoder, sample_size
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """Of the pipeline, but for its transformer: as they were, or new ones."""
+        num_frames = self.options.num_frames
         if self.pretrained is not None and self.pretrained.pipeline is not None:
             before = FARVideoPipeline.from_pretrained(self.pretrained.pipeline, transformer=self.network)
-            self.scheduler = before.scheduler
-            for name in ("num_inference_steps", "flex_rope_slope"):
-                self.settings[name] = before.config[name]
-            if before.config.num_training_frames is not None:
-                frames = max(options.num_frames, before.config.num_training_frames)
-                self.settings["num_training_frames"] = frames
+            vae, scheduler = before.vae, before.scheduler
+            defaults = {name: before.config[name] for name in ("num_inference_steps", "flex_rope_slope")}
+            num_frames = max(num_frames, before.config.num_training_frames or 0)
+        else:
+            vae, scheduler = AutoencoderDC.from_pretrained(self.autoencoder), make_scheduler("Euler")
+            defaults = {"num_inference_steps": NUM_INFERENCE_STEPS}
+        return defaults | {
+            "vae": vae,
+            "scheduler": scheduler,
+            "num_training_frames": num_frames,
+            "sample_size": self.sample_size,
+            "action_names": self.action_names,
+        }
 
     def save_weights(self) -> None:
         super().save_weights()
@@ -57,7 +64,7 @@ class PipelineTrainer(FARTrainer):
             self.run.export("pipeline", self._write_pipeline)
 
     def _write_pipeline(self, folder: Path) -> None:
-        pipeline = FARVideoPipeline(self.network, self.vae, self.scheduler, **self.settings)
+        pipeline = FARVideoPipeline(self.network, **self._parts)
         save_pipeline(pipeline, folder)
         output = Path(self.options.output_dir)
         came_from = "Trained" if self.pretrained is None else f"Fine-tuned from {self.pretrained.name}"

@@ -376,9 +376,7 @@ def wanted_sizes(plan: Plan, pretrained: Pretrained | None) -> ModelOptions:
     return ModelOptions(**plan.sizes | without)
 
 
-def describe_start(
-    options: TrainOptions, plan: Plan, pretrained: Pretrained, source: Source
-) -> Iterator[str]:
+def describe_start(options: TrainOptions, plan: Plan, pretrained: Pretrained) -> Iterator[str]:
     """What is made of a pretrained model."""
     rank = options.lora_rank
     yield f"fine-tuning: {pretrained.name}, " + (
@@ -588,7 +586,7 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
         num_clips = (examined.num_frames or plan.num_frames * MAX_BATCH) // plan.num_frames
         plan.batch_size = find_batch(cost, parameters, num_clips)
     if pretrained is not None:
-        for line in describe_start(options, plan, pretrained, source):
+        for line in describe_start(options, plan, pretrained):
             say(line)
     for line in describe_plan(options, source, plan, in_channels, cost):
         say(line)
