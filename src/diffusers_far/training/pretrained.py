@@ -1,18 +1,16 @@
 """Trained models to go on from: where they are, what is changed before they are trained on, and LoRA.
 
-A changed model takes over all weights that it still has. Of the others,
+A changed model takes over all weights that it still has, and begins as what it was, as far as that can be:
 
-- the row of an action or class that is new starts as the null condition, as of a frame whose action is not
-  known; that of a model that had no such conditions as zero;
-- without actions (or classes) the model becomes what it was under the null condition;
+- a new action or class starts as the null condition, that of a frame whose action is not known; without
+  actions (or classes) the model is what it was under the null condition;
 - projections of long-term tokens start as those of short-term ones, the embedding of a long-term token as the
-  mean of the short-term ones that it takes the place of;
-
-so that a changed model begins as good as the trained one was, where that can be.
+  mean of the short-term ones that it takes the place of.
 """
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,9 +130,9 @@ class Change:
     """What is changed in a trained model before it is trained on."""
 
     options: dict[str, Any]  # of its configuration
-    # By option, for each action (or class) which one of the trained model it was; None: it is new. Only where
-    # that is not as it was.
-    rows: dict[str, list[int | None]] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()  # embedders that go, or come, or both
+    # For each action, which one of the trained model it was; None: a new one. Empty: all are as they were.
+    rows: tuple[int | None, ...] = ()
     action_names: list[str] | None = None  # when it is done
     told: tuple[str, ...] = ()  # to the user
 
@@ -155,15 +153,15 @@ def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptio
     for name, value in changed.items():
         if name not in may_change:
             raise ValueError(f"{name}={value}: the pretrained model has {_plain(config[name])}, which stays")
-    told, rows = [], {}
+    told, rows, replaced = [], match_names(pretrained.action_names, names), {*changed}
+    if any(row is not None for row in rows):
+        replaced.discard("num_actions")
+        told += describe_rows(rows, names or [])
+    elif rows:
+        replaced.add("num_actions")
     for option, things in (("num_actions", "actions"), ("num_classes", "classes")):
-        before, after = config[option], wanted.get(option, config[option])
-        named = (pretrained.action_names, names) if option == "num_actions" else (None, None)
-        if after and (matched := match(before, after, *named)) != list(range(before or 0)):
-            rows[option] = matched
-            told.append(f"{things}: {describe_match(matched, before, *named)}")
-        elif before and not after:
-            told.append(f"{things}: none any more; the model becomes what it was where none was known")
+        if option in replaced:
+            told.append(describe_replaced(things, config[option], wanted[option]))
     if becomes_long:
         told.append("long-term frames: new; their projections start as those of short-term frames")
     if told and options.lora_rank is not None:
@@ -173,7 +171,13 @@ def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptio
             "that fits"
         )
     same = "num_actions" not in changed and names is None
-    return Change(changed, rows, pretrained.action_names if same else names, tuple(told))
+    return Change(
+        changed,
+        frozenset(EMBEDDERS[option] for option in replaced & EMBEDDERS.keys()),
+        rows if "num_actions" not in replaced else (),
+        pretrained.action_names if same else names,
+        tuple(told),
+    )
 
 
 def check_action_names(names: list[str], num_actions: int | None) -> None:
@@ -183,47 +187,40 @@ def check_action_names(names: list[str], num_actions: int | None) -> None:
         raise ValueError(f"action_names={names} are {len(names)}; num_actions is {num_actions}")
 
 
-def match(
-    before: int | None, after: int, names_before: list[str] | None, names: list[str] | None
-) -> list[int | None]:
-    """For each action (or class), which one of the trained model it is; None: a new one.
-
-    They are told apart by their names. Without names, as many are taken to be the same ones.
-    """
-    if before and names_before and names:
-        return [names_before.index(name) if name in names_before else None for name in names]
-    return list(range(after)) if before == after else [None] * after
+def match_names(before: list[str] | None, names: list[str] | None) -> tuple[int | None, ...]:
+    """For each name, its place before; empty where nothing is named, or nothing has changed."""
+    if not before or not names or before == names:
+        return ()
+    return tuple(before.index(name) if name in before else None for name in names)
 
 
-def describe_match(
-    matched: list[int | None], before: int | None, names_before: list[str] | None, names: list[str] | None
-) -> str:
-    kept = [new for new, old in enumerate(matched) if old is not None]
-    if not kept:
-        why = "the model had none" if not before else f"the model had {before}, and no name that is the same"
-        return f"{len(matched)}, all made anew: {why}"
-    assert names is not None
-    new = [name for number, name in enumerate(names) if number not in kept]
-    made = f"; made anew: {', '.join(new)}" if new else ""
-    return f"kept from the model: {', '.join(names[number] for number in kept)}{made}"
+def describe_rows(rows: Sequence[int | None], names: Sequence[str]) -> list[str]:
+    kept = [name for name, row in zip(names, rows, strict=True) if row is not None]
+    new = [name for name, row in zip(names, rows, strict=True) if row is None]
+    return [f"actions: kept from the model: {', '.join(kept)}" + "; made anew: " * bool(new) + ", ".join(new)]
+
+
+def describe_replaced(things: str, before: int | None, after: int | None) -> str:
+    if not after:
+        return f"{things}: none any more; the model becomes what it was where none was known"
+    return f"{things}: {after}, all made anew; the model had {before or 'none'}"
 
 
 def change_model(model: FARTransformer3DModel, change: Change) -> FARTransformer3DModel:
     """A model with the weights of a trained one, and the changes."""
     changed = FARTransformer3DModel.from_config(model.config, **change.options)
     weights, drawn = dict(model.state_dict()), changed.state_dict()
-    for option, embedder in EMBEDDERS.items():
+    for embedder in change.replaced:
         name = f"{embedder}.weight"
-        if name not in drawn:
-            if (table := weights.pop(name, None)) is not None:
-                bias = "timestep_embedder.linear_2.bias"
-                weights[bias] = weights[bias] + table[-1]
-        elif name not in weights:
+        if (table := weights.pop(name, None)) is not None:
+            bias = "timestep_embedder.linear_2.bias"
+            weights[bias] = weights[bias] + table[-1]  # the null condition is a part of every frame now
+        if name in drawn:
             weights[name] = torch.zeros_like(drawn[name])
-        elif option in change.rows:
-            table = weights[name]
-            rows = [table[-1 if row is None else row] for row in change.rows[option]]
-            weights[name] = torch.stack([*rows, table[-1]])
+    if change.rows:
+        table = weights["action_embedder.weight"]
+        rows = [table[-1 if row is None else row] for row in change.rows]
+        weights["action_embedder.weight"] = torch.stack([*rows, table[-1]])
     if changed.is_long and not model.is_long:
         patch, ratio = model.config.patch_size, changed.config.long_patch_size // model.config.patch_size
         weights["context_embedder.weight"] = mean_of_tokens(weights["x_embedder.weight"], patch, ratio)

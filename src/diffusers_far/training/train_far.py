@@ -248,7 +248,7 @@ def create_models(
                 "would undo: take the model that it was made of, then make an any-step model with "
                 "objective=flow_map"
             )
-        if change.options or change.rows:
+        if change.options or change.replaced or change.rows:
             model = change_model(model, change)
         if options.lora_rank is not None:
             add_lora(model, options.lora_rank)
