@@ -138,6 +138,29 @@ def test_conditions_come_and_go_without_harm(trained: Path) -> None:
     assert relative_error(velocity(changed, class_labels=labels), velocity(model)) < TOLERANCE
 
 
+def test_groups_and_vectors_take_the_place_of_other_actions(trained: Path, tmp_path: Path) -> None:
+    model = FARTransformer3DModel.from_pretrained(trained / "transformer")
+    options, found = StartOptions(pretrained=str(trained)), find_pretrained(str(trained))
+    statistics = {"action_mean": [0.5, 1.0], "action_std": [2.0, 3.0]}
+    vectors = plan_change(found, ModelOptions(num_actions=[0], action_dim=2), options, ("x", "y"), statistics)
+    assert vectors.told == ("actions: vectors of 2 numbers, all made anew; the model had 3",)
+    assert vectors.options == {"num_actions": None, "action_dim": 2} | statistics
+    assert vectors.action_names == ["x", "y"]
+    changed = change_model(model, vectors)
+    given = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert relative_error(velocity(changed, actions=given), velocity(model)) < TOLERANCE
+
+    changed.save_pretrained(tmp_path)
+    found, options = find_pretrained(str(tmp_path)), StartOptions(pretrained=str(tmp_path))
+    assert plan_change(found, ModelOptions(action_dim=2), options, ("x", "y"), statistics) == Change({})
+    groups = plan_change(found, ModelOptions(action_dim=0, num_actions=[3, 2]), options, ("keys", "mouse"))
+    assert groups.told == ("actions: groups of 3, 2, all made anew; the model had vectors of 2 numbers",)
+    back = change_model(changed, groups)
+    assert back.config.action_mean is None and list(back.config.num_actions) == [3, 2]
+    presses = torch.tensor([2, 1]).expand(2, 5, 2)
+    assert relative_error(velocity(back, actions=presses), velocity(model)) < TOLERANCE
+
+
 def test_a_long_model_starts_from_a_base_one(tmp_path: Path) -> None:
     model = transformer(num_actions=3, patch_size=2, num_layers=3)
     model.save_pretrained(tmp_path)

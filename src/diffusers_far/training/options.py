@@ -142,11 +142,18 @@ class ModelOptions:
     num_classes: CountOrZero | None = option(
         None, "classes of videos that condition the model; 0 for none, where a pretrained one has some"
     )
-    num_actions: CountOrZero | None = option(None, "actions of frames that condition the model; 0 likewise")
+    num_actions: list[int] | None = option(
+        None, "actions of frames that condition the model; several numbers are sizes of groups; 0 likewise"
+    )
+    action_dim: CountOrZero | None = option(
+        None, "numbers of a continuous action, in place of num_actions; 0 likewise"
+    )
     short_window: Count = option(16, "frames of a Long model's window")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.num_actions, list) and len(self.num_actions) == 1:  # from a command line
+            self.num_actions = self.num_actions[0]  # type: ignore[assignment]
 
     def given(self) -> dict[str, Any]:
         """Those that are given, for a pretrained model; without conditions (0) as None."""

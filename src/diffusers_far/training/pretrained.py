@@ -9,16 +9,19 @@ A changed model takes over all weights that it still has, and begins as what it 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from ..actions import ActionSpace
+from ..inputs import ActionNames
 from ..pipeline_far_video import FARVideoPipeline
 from ..shipped import locate
 from ..transformer_far import FARTransformer3DModel
@@ -38,7 +41,7 @@ LONG_LAYERS = {
     "norm_added_k": "norm_k",
     "to_add_out": "to_out.0",
 }
-EMBEDDERS = {"num_actions": "action_embedder", "num_classes": "class_embedder"}
+ACTION_OPTIONS = {"num_actions", "action_dim"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ class Pretrained:
         return {} if self.pipeline is None else json.loads((self.pipeline / "model_index.json").read_text())
 
     @property
-    def action_names(self) -> list[str] | None:
+    def action_names(self) -> ActionNames | None:
         return self.settings.get("action_names")
 
     @property
@@ -133,12 +136,22 @@ class Change:
     replaced: frozenset[str] = frozenset()  # embedders that go, or come, or both
     # For each action, which one of the trained model it was; None: a new one. Empty: all are as they were.
     rows: tuple[int | None, ...] = ()
-    action_names: list[str] | None = None  # when it is done
+    action_names: ActionNames | None = None  # when it is done
     told: tuple[str, ...] = ()  # to the user
 
 
-def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptions) -> Change:
+def plan_change(
+    pretrained: Pretrained,
+    sizes: ModelOptions,
+    options: StartOptions,
+    names_in_data: Sequence[str] = (),
+    statistics: Mapping[str, Any] = MappingProxyType({}),
+) -> Change:
     """What has to be changed for these sizes and names of actions.
+
+    Args:
+        names_in_data: of groups of actions, or of the numbers of vectors.
+        statistics: `action_mean` and `action_std` of vectors.
 
     Raises:
         ValueError: for sizes that stay as they are, and for changes that an adapter cannot hold.
@@ -149,19 +162,25 @@ def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptio
         check_action_names(names, wanted["num_actions"])
     changed = {name: value for name, value in wanted.items() if value != _plain(config[name])}
     becomes_long = config["long_patch_size"] is None and "long_patch_size" in changed
-    may_change = {*EMBEDDERS, *(("long_patch_size", "short_window") if becomes_long else ())}
+    may_change = {*ACTION_OPTIONS, "num_classes"}
+    may_change |= {"long_patch_size", "short_window"} if becomes_long else set()
     for name, value in changed.items():
         if name not in may_change:
             raise ValueError(f"{name}={value}: the pretrained model has {_plain(config[name])}, which stays")
-    told, rows, replaced = [], match_names(pretrained.action_names, names), {*changed}
+    told, replaced, other_actions = [], set(), bool(ACTION_OPTIONS & changed.keys())
+    if "action_dim" in changed:
+        changed |= dict.fromkeys(("action_mean", "action_std")) | dict(statistics)
+    after = {**config, **changed}
+    rows = match_names(pretrained.action_names, names) if isinstance(config["num_actions"], int) else ()
     if any(row is not None for row in rows):
-        replaced.discard("num_actions")
         told += describe_rows(rows, names or [])
-    elif rows:
-        replaced.add("num_actions")
-    for option, things in (("num_actions", "actions"), ("num_classes", "classes")):
-        if option in replaced:
-            told.append(describe_replaced(things, config[option], wanted[option]))
+    elif rows or other_actions:
+        rows = ()
+        replaced.add("action_embedder")
+        told.append(describe_replaced("actions", ActionSpace.of(config), ActionSpace.of(after)))
+    if "num_classes" in changed:
+        replaced.add("class_embedder")
+        told.append(describe_replaced("classes", config["num_classes"], after["num_classes"]))
     if becomes_long:
         told.append("long-term frames: new; their projections start as those of short-term frames")
     if told and options.lora_rank is not None:
@@ -170,24 +189,20 @@ def plan_change(pretrained: Pretrained, sizes: ModelOptions, options: StartOptio
             f"{pretrained.name} would be changed: {'; '.join(told)}. Train without lora_rank, or on data "
             "that fits"
         )
-    same = "num_actions" not in changed and names is None
-    return Change(
-        changed,
-        frozenset(EMBEDDERS[option] for option in replaced & EMBEDDERS.keys()),
-        rows if "num_actions" not in replaced else (),
-        pretrained.action_names if same else names,
-        tuple(told),
-    )
+    names_after: ActionNames | None = names
+    if names is None and ActionSpace.of(after) is not None:
+        names_after = (list(names_in_data) or None) if other_actions else pretrained.action_names
+    return Change(changed, frozenset(replaced), rows, names_after, tuple(told))
 
 
-def check_action_names(names: list[str], num_actions: int | None) -> None:
+def check_action_names(names: list[str], num_actions: Any) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"action_names={names} has a name twice")
     if len(names) != (num_actions or 0):
         raise ValueError(f"action_names={names} are {len(names)}; num_actions is {num_actions}")
 
 
-def match_names(before: list[str] | None, names: list[str] | None) -> tuple[int | None, ...]:
+def match_names(before: ActionNames | None, names: list[str] | None) -> tuple[int | None, ...]:
     """For each name, its place before; empty where nothing is named, or nothing has changed."""
     if not before or not names or before == names:
         return ()
@@ -200,7 +215,7 @@ def describe_rows(rows: Sequence[int | None], names: Sequence[str]) -> list[str]
     return [f"actions: kept from the model: {', '.join(kept)}" + "; made anew: " * bool(new) + ", ".join(new)]
 
 
-def describe_replaced(things: str, before: int | None, after: int | None) -> str:
+def describe_replaced(things: str, before: Any, after: Any) -> str:
     if not after:
         return f"{things}: none any more; the model becomes what it was where none was known"
     return f"{things}: {after}, all made anew; the model had {before or 'none'}"
@@ -211,12 +226,15 @@ def change_model(model: FARTransformer3DModel, change: Change) -> FARTransformer
     changed = FARTransformer3DModel.from_config(model.config, **change.options)
     weights, drawn = dict(model.state_dict()), changed.state_dict()
     for embedder in change.replaced:
-        name = f"{embedder}.weight"
-        if (table := weights.pop(name, None)) is not None:
+        null = null_condition(model, embedder)
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{embedder}.")}
+        if null is not None:
             bias = "timestep_embedder.linear_2.bias"
-            weights[bias] = weights[bias] + table[-1]  # the null condition is a part of every frame now
-        if name in drawn:
-            weights[name] = torch.zeros_like(drawn[name])
+            weights[bias] = weights[bias] + null  # it is a part of every frame now
+        for name, weight in drawn.items():
+            if name.startswith(f"{embedder}."):
+                says_nothing = name.startswith((f"{embedder}.weight", f"{embedder}.linear_2"))
+                weights[name] = torch.zeros_like(weight) if says_nothing else weight
     if change.rows:
         table = weights["action_embedder.weight"]
         rows = [table[-1 if row is None else row] for row in change.rows]
@@ -234,6 +252,16 @@ def change_model(model: FARTransformer3DModel, change: Change) -> FARTransformer
             weights.setdefault(name, weight)
     changed.load_state_dict(weights)
     return changed
+
+
+@torch.no_grad()
+def null_condition(model: FARTransformer3DModel, embedder: str) -> Tensor | None:
+    """What a model adds to every frame whose action (or class) is not known, `[D]`."""
+    like = model.timestep_embedder.linear_2.bias[None, None]
+    if embedder == "class_embedder":
+        classes = model.class_embedder
+        return None if classes is None else model._embed_labels(classes, None, like)[0, 0]
+    return None if model.action_embedder is None else model._embed_actions(None, like)[0, 0]
 
 
 def mean_of_tokens(weight: Tensor, patch: int, ratio: int) -> Tensor:

@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..hub import fill_lora_card
+from ..inputs import ActionNames
 from ..memory_loss import memory_loss
-from ..transformer_far import FARTransformer3DModel
+from ..transformer_far import LATER_OPTIONS, FARTransformer3DModel
 from .clips import ClipBatches, Clips, LatentVideos
 from .encode_latents import hash_autoencoder
 from .make_pipeline import let_all_read
@@ -78,9 +79,12 @@ class FARTrainer:
             held_out = LatentVideos(Path(options.latents) / "validation")
             self.validation_batches = self._batches(held_out, model, held_out_of=videos)
         self.network = model
-        config, data = dict(model.config), videos.fingerprint()
+        # Checkpoints of earlier versions, which lack them, resume.
+        unset = {name for name in LATER_OPTIONS if model.config[name] is None}
+        config = {name: value for name, value in model.config.items() if name not in unset}
         if options.lora_rank is not None:
             config["lora_rank"] = options.lora_rank
+        data = videos.fingerprint()
         optimizers = create_optimizers(model, options)
         self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
         self.models = [self.model]
@@ -102,7 +106,8 @@ class FARTrainer:
                 f"{videos.folder} has latents of {videos.frame_shape}, {held_out_of.folder} of "
                 f"{held_out_of.frame_shape}: both must be equal"
             )
-        videos.keep_conditions(model.config.num_actions, model.config.num_classes)
+        config = model.config
+        videos.keep_conditions(config.num_actions, config.num_classes, config.action_dim)
         return ClipBatches(
             videos,
             options.batch_size,
@@ -221,15 +226,17 @@ class FARTrainer:
 
 def create_models(
     sizes: ModelOptions, options: FAROptions, pretrained: Pretrained | None, videos: LatentVideos
-) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None, list[str] | None]:
+) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None, ActionNames | None]:
     """The model as training begins; for a flow map, the trained one that it learns from; names of actions."""
-    in_channels, teacher, names = videos.frame_shape[0], None, options.action_names
+    in_channels, teacher = videos.frame_shape[0], None
+    statistics = videos.action_statistics() if sizes.action_dim else {}
     if pretrained is None:
-        if names is not None:
-            check_action_names(names, sizes.num_actions)
-        model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes))
+        names: ActionNames | None = list(options.action_names or videos.action_names) or None
+        if options.action_names is not None:
+            check_action_names(options.action_names, sizes.num_actions)
+        model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes), **statistics)
     else:
-        change = plan_change(pretrained, sizes, options)
+        change = plan_change(pretrained, sizes, options, videos.action_names, statistics)
         check_latents(pretrained, videos)
         for line in change.told:
             logger.info("%s: %s", pretrained.name, line)

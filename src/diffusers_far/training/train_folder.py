@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..actions import ActionSpace
 from ..shipped import CHECKPOINT, find
 from ..whole_files import written_whole
 from .episodes import Episode
@@ -264,7 +265,8 @@ def measure_cost(
     is_long = sizes.get("long_patch_size") is not None
     window = min(num_frames, sizes["short_window"]) if is_long else num_frames
     latents = torch.zeros(1, num_frames, in_channels, *grid)
-    labels = torch.zeros(1, num_frames, dtype=torch.long) if sizes.get("num_actions") else None
+    space = ActionSpace.of(sizes)
+    labels = None if space is None else space.null((1, num_frames))
     classes = torch.zeros(1, dtype=torch.long) if sizes.get("num_classes") else None
     clips = Clips(latents, window, labels, classes, ("",)).to(device)
     costs = []
@@ -332,12 +334,14 @@ def count_parameters(sizes: dict[str, Any], in_channels: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def conditions(source: Source) -> dict[str, int]:
-    """`num_actions` and `num_classes` of the videos, by the episodes that are examined."""
-    found: dict[str, int] = {}
+def conditions(source: Source) -> dict[str, Any]:
+    """What the videos have, by the episodes that are examined: `num_actions` and so on."""
+    from .clips import action_options, stack_actions
+
+    found: dict[str, Any] = {}
     actions = [episode.actions for episode in source.split("train").some(16)]
-    if all(values is not None for values in actions):
-        found["num_actions"] = 1 + max(max(values or (0,)) for values in actions)
+    if all(actions):
+        found |= action_options([stack_actions(values) for values in actions if values])
     labels = [episode.class_label for episode in source.split("train").some(16)]
     if all(label is not None for label in labels):
         found["num_classes"] = max(len(source.class_names), *(1 + (label or 0) for label in labels))
@@ -345,23 +349,27 @@ def conditions(source: Source) -> dict[str, int]:
 
 
 def fit_conditions(
-    found: dict[str, int], options: TrainOptions, pretrained: Pretrained | None
-) -> dict[str, int | None]:
-    """`num_actions` and `num_classes` of the model: those of the videos, or of a pretrained model or of
-    `action_names`, if all actions of the videos are among them."""
-    num_actions, names = found.get("num_actions"), options.action_names
+    found: dict[str, Any], options: TrainOptions, pretrained: Pretrained | None
+) -> dict[str, Any]:
+    """What conditions the model: what the videos have; all actions of a pretrained model, or of
+    `action_names`, if those of the videos are among them."""
+    num_actions, names, space = found.get("num_actions"), options.action_names, ActionSpace.of(found)
     if names is not None:
-        if num_actions is None:
-            raise ValueError(f"action_names={names}: the videos have no actions")
+        if not isinstance(num_actions, int):
+            have = "no actions" if space is None else f"actions that are {space}"
+            raise ValueError(f"action_names={names}: the videos have {have}")
         if num_actions > len(names):
             raise ValueError(
                 f"action_names={names} are {len(names)}; the videos have actions up to {num_actions - 1}"
             )
         num_actions = len(names)
-    elif pretrained is not None and num_actions is not None:
-        known = pretrained.config["num_actions"] or 0
-        num_actions = known if num_actions <= known else num_actions
-    return {"num_actions": num_actions, "num_classes": found.get("num_classes")}
+    elif pretrained is not None and space is not None and not space.is_vector:
+        known = ActionSpace.of(pretrained.config)
+        alike = known is not None and known.shape == space.shape and not known.is_vector
+        if known is not None and alike and all(map(int.__le__, space.sizes, known.sizes)):
+            num_actions = list(known.sizes) if known.is_grouped else known.sizes[0]
+    conditions = {name: found.get(name) for name in ("action_dim", "num_classes")}
+    return conditions | {"num_actions": num_actions}
 
 
 def change_of(plan: Plan, options: TrainOptions, pretrained: Pretrained) -> Change:
@@ -372,7 +380,8 @@ def change_of(plan: Plan, options: TrainOptions, pretrained: Pretrained) -> Chan
 def wanted_sizes(plan: Plan, pretrained: Pretrained | None) -> ModelOptions:
     if pretrained is None:
         return ModelOptions(**plan.sizes)
-    without = {name: 0 for name in ("num_actions", "num_classes") if plan.sizes[name] is None}
+    conditions = ("num_actions", "action_dim", "num_classes")
+    without = {name: 0 for name in conditions if plan.sizes[name] is None}
     return ModelOptions(**plan.sizes | without)
 
 
@@ -385,7 +394,7 @@ def describe_start(options: TrainOptions, plan: Plan, pretrained: Pretrained) ->
     for line in change_of(plan, options, pretrained).told:
         yield f"  {line}"
     known, names = pretrained.config["num_actions"], pretrained.action_names
-    if known and plan.sizes["num_actions"] == known and options.action_names is None:
+    if isinstance(known, int) and plan.sizes["num_actions"] == known and options.action_names is None:
         listed = ", ".join(f"{number} {name}" for number, name in enumerate(names or []))
         yield f"  actions: taken for the {known} of the model" + (f": {listed}" if listed else "")
     if pretrained.resolution and FrameOptions(resolution=pretrained.resolution).frame_size != options.pixels:
@@ -670,7 +679,7 @@ def find_sizes(
     plan: Plan,
     options: TrainOptions,
     pretrained: Pretrained | None,
-    found: dict[str, int],
+    found: dict[str, Any],
     grid: tuple[int, int],
 ) -> dict[str, Any]:
     """Of the model, for clips of the plan's length and conditions that were found."""
@@ -689,7 +698,7 @@ def settle(
     pretrained: Pretrained | None,
 ) -> None:
     """Bring the plan in line with all videos, now that each has been read."""
-    from .clips import LatentVideos
+    from .clips import LatentVideos, action_options
 
     splits = [LatentVideos(Path(options.output_dir) / "latents" / split) for split in ("train", "validation")]
     longest = min(max(videos.num_frames) for videos in splits)
@@ -698,11 +707,14 @@ def settle(
     if longest < plan.num_frames:
         say(f"clips of {longest} frames: no video, or no held-out one, is longer")
         plan.num_frames = longest
-    found: dict[str, int] = {}
-    for name, option_name in (("actions", "num_actions"), ("class_labels", "num_classes")):
+    found: dict[str, Any] = {}
+    for name in ("actions", "class_labels"):
         values = [value for videos in splits for value in getattr(videos, name)]
         if all(value is not None for value in values):
-            found[option_name] = 1 + max(int(value.max()) for value in values)
+            if name == "actions":
+                found |= action_options(values)
+            else:
+                found["num_classes"] = 1 + max(int(value) for value in values)
         elif any(value is not None for value in values):
             say(f"{name.replace('_', ' ')} are left out: some videos have none")
     if "num_classes" in found:
@@ -751,7 +763,7 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan, pretrained: P
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     conditions: dict[str, Any] = {}
-    if plan.sizes.get("num_actions") and episode.actions is not None:
+    if ActionSpace.of(plan.sizes) is not None and episode.actions is not None:
         conditions["actions"] = [episode.actions[number] for number in numbers]
     if plan.sizes.get("num_classes"):
         conditions["class_labels"] = episode.class_label
