@@ -46,6 +46,7 @@ from ..actions import ActionSpace
 from ..shipped import CHECKPOINT, find
 from ..whole_files import written_whole
 from .episodes import Episode
+from .free_memory import free_memory
 from .options import (
     AutoencoderOptions,
     Count,
@@ -162,7 +163,7 @@ class TrainOptions(StartOptions, FrameOptions, RunOptions):
 class Plan:
     """What is decided before the first step; a run that goes on keeps it."""
 
-    autoencoder: str
+    autoencoder: str  # folder
     sizes: dict[str, Any]
     num_frames: int
     batch_size: int
@@ -301,15 +302,6 @@ def measure_cost(
         one.memory + more * max(0.0, two.memory - one.memory),
         one.seconds + more * max(0.0, two.seconds - one.seconds),
     )
-
-
-def free_memory() -> int:
-    """Bytes that training may use: of the GPU, or of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil  # comes with accelerate
-
-    return int(psutil.virtual_memory().available)
 
 
 def find_batch(cost: Cost, num_parameters: int, num_clips: int) -> int:
@@ -610,7 +602,7 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
             if chosen is None:
                 say(f"interrupted, and saved; {resume}")
                 return 130
-            plan.autoencoder = str(chosen[0].resolve())
+            plan.autoencoder = str(chosen[0])
         encode_all(source, options, plan.autoencoder)
     except KeyboardInterrupt:
         say(f"interrupted; what is done is kept; {resume}")
@@ -654,12 +646,21 @@ def latent_shape(options: TrainOptions) -> tuple[int, int]:
 
 def read_plan(output: Path) -> Plan | None:
     file = output / "plan.json"
-    return Plan(**json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    plan = Plan(**json.loads(file.read_text()))
+    if (inside := output / plan.autoencoder).is_dir():
+        plan.autoencoder = str(inside)
+    return plan
 
 
 def write_plan(output: Path, plan: Plan) -> None:
+    autoencoder, folder = Path(plan.autoencoder).resolve(), output.resolve()
+    values = asdict(plan)
+    if autoencoder.is_relative_to(folder):  # so that a run goes on when its folder was moved
+        values["autoencoder"] = str(autoencoder.relative_to(folder))
     with written_whole(output / "plan.json") as unfinished:
-        unfinished.write_text(json.dumps(asdict(plan), indent=2) + "\n")
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def encode_all(source: Source, options: TrainOptions, autoencoder: str) -> None:
