@@ -6,8 +6,9 @@ An episode is a walk through a fresh maze, recorded with ViZDoom and the Freedoo
 It depends on its number, its split and the settings (all options but the counts) and on nothing else. So a
 folder can be resumed after any interruption and extended with a larger `--train`, and the number of workers
 changes nothing but the time. `--walk` picks the walker: `revisit` is for learning to remember, best in small
-mazes (`--maze-nodes 3 5`), and `scripted` for measuring it (see doom_maze_walks.py). The data card
-(README_doom_maze.md, filled in) documents the format. Needs `vizdoom`.
+mazes (`--maze-nodes 3 5`), and `scripted` for measuring it (see doom_maze_walks.py). `--texture-set other`
+is a world of other walls, floors and ceilings, to fine-tune a model on. The data card (README_doom_maze.md,
+filled in) documents the format. Needs `vizdoom`.
 
 With `--sample-of RECORDING --episodes 3 17`, these validation episodes of a recording are copied to OUTPUT.
 """
@@ -32,6 +33,7 @@ import vizdoom
 from doom_maze_files import (
     SPLITS,
     STATE_FOLDER,
+    TEXTURE_SETS,
     WALKS,
     Settings,
     copy_sample,
@@ -41,7 +43,17 @@ from doom_maze_files import (
     write_metadata,
     write_text,
 )
-from doom_maze_map import MAX_TEXTURES, MEMORABLE, NODES_PER_SIDE, ORIGINAL, Maze, build_maze, write_wad
+from doom_maze_map import (
+    MAX_TEXTURES,
+    MEMORABLE,
+    NODES_PER_SIDE,
+    ORIGINAL,
+    OTHER,
+    Maze,
+    Style,
+    build_maze,
+    write_wad,
+)
 from doom_maze_walks import (
     DEGREES_PER_FRAME,
     FRAMES_AFTER_RETURN,
@@ -173,7 +185,7 @@ def record_job(job: Job) -> int:
                 episode_rng(job, episode, "maze"),
                 settings.textures,
                 settings.maze_nodes,
-                ORIGINAL if settings.walk == "explore" else MEMORABLE,
+                style_of(settings),
             )
             for episode in job.episodes
         ]
@@ -208,6 +220,12 @@ def record_job(job: Job) -> int:
             part.replace(video)  # last: an episode with a video is finished
         game.close()
     return len(job.episodes)
+
+
+def style_of(settings: Settings) -> Style:
+    if settings.texture_set == "other":
+        return OTHER
+    return ORIGINAL if settings.walk == "explore" else MEMORABLE
 
 
 def make_walker(job: Job, episode: int, maze: Maze) -> ExploreWalk | RevisitWalk:
@@ -279,6 +297,12 @@ def main() -> None:
     option("--frames", type=int, default=300, help="frames per episode")
     option("--seed", type=int, default=0, help="with the same seed, the same episodes are recorded")
     option("--textures", type=int, default=4, help="regions of a maze that have textures of their own")
+    option(
+        "--texture-set",
+        choices=TEXTURE_SETS,
+        default="standard",
+        help="other: a world of textures that no shipped model was trained on",
+    )
     option("--walk", choices=WALKS, default="explore", help="how the walker walks (doom_maze_walks.py)")
     option(
         "--maze-nodes",
@@ -319,7 +343,7 @@ def main() -> None:
     num_episodes = {"train": args.train, "validation": args.validation}
     if not any(num_episodes.values()):
         raise ValueError("--train and --validation are both 0: there is nothing to record")
-    settings = Settings(args.seed, args.frames, args.textures, args.walk, (least, most))
+    settings = Settings(args.seed, args.frames, args.textures, args.walk, (least, most), args.texture_set)
     record_all(args.output.resolve(), num_episodes, settings, args.workers)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 ACTIONS = ("noop", "forward", "left", "right", "forward_left", "forward_right")
 SPLITS = ("train", "validation")
 WALKS = ("explore", "revisit", "scripted")
+TEXTURE_SETS = ("standard", "other")
 STATE_FOLDER = ".recorder"
 CARD_TEMPLATE = Path(__file__).with_name("README_doom_maze.md")
 
@@ -68,6 +69,7 @@ class Settings:
     textures: int
     walk: str = "explore"  # defaults: of folders that were recorded before there was a choice
     maze_nodes: tuple[int, int] = (4, 5)
+    texture_set: str = "standard"
 
     def options(self) -> dict[str, str]:
         """The settings as options of the recorder: their names and values as text."""
@@ -191,7 +193,7 @@ def data_card(output: Path, records: Records, settings: Settings, sample: bool =
         actions=", ".join(f"{index} {name}" for index, name in enumerate(ACTIONS)),
         frames=settings.frames,
         walk=WALK_TEXTS[settings.walk],
-        landmarks="12%" if settings.walk == "explore" else "24%",
+        landmarks="12%" if settings.walk == "explore" or settings.texture_set == "other" else "24%",
         fields=SCRIPT_FIELDS if settings.walk == "scripted" else "",
         sizes=sizes_text(settings),
         split="validation" if not num_episodes["train"] else "train",

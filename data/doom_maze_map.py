@@ -39,11 +39,13 @@ CEILINGS = ("CEIL3_5", "FLAT18", "CEIL5_2", "FLAT1_1", "FLOOR0_5", "CEIL1_1", "F
 
 @dataclass(frozen=True)
 class Style:
-    """What walls are made of."""
+    """What a maze is made of."""
 
     walls: tuple[str, ...]
     landmarks: tuple[str, ...]
     landmark_probability: float  # that one wall face carries a landmark in place of its region's texture
+    floors: tuple[str, ...] = FLOORS
+    ceilings: tuple[str, ...] = CEILINGS
 
 
 # Textures of which little is left at 64 x 64 pixels. The autoencoder of checkpoints/far-doom-maze-64
@@ -58,6 +60,22 @@ MEMORABLE = Style(
     landmarks=tuple(texture for texture in LANDMARKS if texture not in BLURRED),
     landmark_probability=0.24,
 )
+# Of textures that neither of them has: a world that the shipped models never saw, to fine-tune them on.
+# fmt: off
+OTHER = Style(
+    walls=(
+        "BRICK10", "MARBGRAY", "GSTONE1", "WOOD12", "TANROCK2", "CRATE1", "METAL1", "STONE2", "STARG3",
+        "PANEL5", "ZIMMER2", "A-BRICK2", "TEKWALL1", "ICKWALL3", "BSTONE2", "SPACEW2",
+    ),
+    landmarks=("PANBLUE", "EXITSTON", "MARBFACE", "PANBOOK", "MURAL1", "COMPSTA1"),
+    landmark_probability=0.12,
+    floors=(
+        "FLOOR5_1", "FLAT5_4", "GRASS1", "RROCK04", "MFLR8_1", "FLAT1", "FLOOR4_8", "SLIME13", "FLAT10",
+        "CEIL4_2", "AQF004", "FLOOR6_1",
+    ),
+    ceilings=("CEIL3_1", "FLAT5_5", "CEIL4_1", "FLAT23", "FLOOR7_1", "AQF012"),
+)
+# fmt: on
 MAX_TEXTURES = len(FLOORS)  # regions of one maze differ in their walls and in their floors
 
 Grid = tuple[tuple[bool, ...], ...]
@@ -159,8 +177,8 @@ def map_text(grid: Grid, rng: random.Random, num_textures: int, style: Style = O
     regions = range(num_textures)
     centers = [(rng.uniform(0, side), rng.uniform(0, side)) for _ in regions]
     walls = rng.sample(style.walls, num_textures)
-    floors = rng.sample(FLOORS, num_textures)
-    ceilings = [rng.choice(CEILINGS) for _ in regions]
+    floors = rng.sample(style.floors, num_textures)
+    ceilings = [rng.choice(style.ceilings) for _ in regions]
     lights = [rng.randint(*LIGHT_LEVELS) for _ in regions]
 
     vertices: dict[Point, int] = {}

@@ -142,6 +142,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
+    parser.add_argument("--lora", help="folder or repo id of a LoRA for it")
     parser.add_argument("data", type=Path, help="videofolder with a validation split")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--context", type=int, default=32, help="observed frames")
@@ -156,6 +157,8 @@ def main() -> None:
 
     lpips = LPIPS()  # first: its weights may be missing, and the rest takes minutes
     pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint)
+    if arguments.lora is not None:
+        pipeline.load_lora_weights(arguments.lora)
     pipeline.set_progress_bar_config(disable=True)
     num_context = arguments.context
     video, actions = load_clips(arguments.data, num_context + arguments.predicted, arguments.clips)
@@ -176,6 +179,7 @@ def main() -> None:
     best = scores.mean(dim=2).argmax(dim=0)
     results = {
         "checkpoint": str(arguments.checkpoint),
+        "lora": arguments.lora,
         "clips": len(video),
         "context": num_context,
         "steps": arguments.steps or pipeline.config.num_inference_steps,

@@ -449,6 +449,7 @@ def train(words: tuple[str, ...]) -> None:
 
     \b
     diffusers-far train my-videos --output-dir my-model --max-minutes 60
+    diffusers-far train my-videos --pretrained FOLDER_OR_REPO --lora-rank 16 --max-minutes 10
     diffusers-far train my-videos --dry-run
     """
     try:
@@ -456,7 +457,7 @@ def train(words: tuple[str, ...]) -> None:
 
         code = train_folder(words)
     except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "pyarrow", "torchmetrics", "yaml"):
+        if error.name not in ("datasets", "peft", "pyarrow", "torchmetrics", "yaml"):
             raise
         raise ValueError(f'training needs {error.name}: pip install "diffusers-far[train]"') from error
     except FloatingPointError as error:

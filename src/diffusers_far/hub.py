@@ -99,24 +99,72 @@ def fill_model_card(
     """
     is_pipeline = hasattr(model, "transformer")
     facts = describe_pipeline(model) if is_pipeline else describe_model(model)
-    card_data = card_data or ModelCardData()
-    card_data.library_name, card_data.pipeline_tag = "diffusers", "image-to-video"
-    card_data.tags = sorted({*(card_data.tags or []), *TAGS})
-    class_name, variable = type(model).__name__, "pipe" if is_pipeline else "model"
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
+    return _fill_template(
+        card_data or ModelCardData(),
         name=name or repo_id.rpartition("/")[2],
         repo=repo_id,
-        class_name=class_name,
-        variable=variable,
+        class_name=type(model).__name__,
+        variable="pipe" if is_pipeline else "model",
         summary=summary,
         usage=usage if is_pipeline else "",
-        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        facts=_as_list(facts),
         training=training,
         evaluation=evaluation,
         limits=limits,
     )
+
+
+def fill_lora_card(
+    model: Any,
+    base: str,
+    repo_id: str,
+    training: str = NOT_STATED,
+    evaluation: str = NOT_STATED,
+    name: str | None = None,
+) -> ModelCard:
+    """The card of a LoRA.
+
+    Args:
+        model: the FARTransformer3DModel that has it, all else frozen.
+        base: folder or repo of the pipeline that it is for.
+        repo_id: where the LoRA is to be loaded from.
+        training, evaluation: Markdown of the sections.
+        name: title; by default the last part of `repo_id`.
+    """
+    sizes = {True: 0, False: 0}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    rank = next(iter(model.peft_config.values())).r
+    facts = describe_model(model) | {
+        "parameters": f"{sizes[False] / 1e6:.1f} million",
+        "adapter": f"LoRA of rank {rank}, {sizes[True] / 1e6:.2f} million parameters",
+    }
+    card_data = ModelCardData(tags=["lora"])
+    if not Path(base).exists():
+        card_data.base_model = base
+    return _fill_template(
+        card_data,
+        name=name or repo_id.rpartition("/")[2],
+        repo=base,
+        class_name="FARVideoPipeline",
+        variable="pipe",
+        summary=f"A LoRA for {base}.",
+        usage=f'pipe.load_lora_weights("{repo_id}")\nframes = pipe(num_frames=32).frames[0]',
+        facts=_as_list(facts),
+        training=training,
+        evaluation=evaluation,
+        limits=NOT_STATED,
+    )
+
+
+def _as_list(facts: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _fill_template(card_data: ModelCardData, **sections: str) -> ModelCard:
+    card_data.library_name, card_data.pipeline_tag = "diffusers", "image-to-video"
+    card_data.tags = sorted({*(card_data.tags or []), *TAGS})
+    return ModelCard.from_template(card_data, template_path=str(TEMPLATE), **sections)
 
 
 def automatic_card(model: Any, repo_id: str) -> str:

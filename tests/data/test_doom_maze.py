@@ -29,7 +29,7 @@ from doom_maze_files import (  # noqa: E402
     settings_path,
     write_metadata,
 )
-from doom_maze_map import BLURRED, MEMORABLE, ORIGINAL, build_maze, split_of_grid  # noqa: E402
+from doom_maze_map import BLURRED, MEMORABLE, ORIGINAL, OTHER, build_maze, split_of_grid  # noqa: E402
 from doom_maze_walks import FRAMES_AFTER_RETURN, MIN_SCRIPTED_FRAMES, SCRIPTS, TURN_AWAY  # noqa: E402
 
 COUNTS = {"train": 4, "validation": 2}
@@ -267,6 +267,21 @@ def test_memorable_mazes_have_clear_textures_and_more_landmarks() -> None:
     assert shares == pytest.approx([0.12, 0.24], rel=0.15)
 
 
+def test_the_other_textures_are_none_of_the_standard_ones(tmp_path: Path) -> None:
+    text = build_maze("train", random.Random(0), 4, style=OTHER).map_text
+    used = set(re.findall('texture(?:middle|floor|ceiling)="(.*?)"', text))
+    standard = {*ORIGINAL.walls, *ORIGINAL.landmarks, *ORIGINAL.floors, *ORIGINAL.ceilings}
+    assert len(used) > 8 and not used & standard
+
+    settings = {"seed": 0, "frames": 20, "textures": 4}
+    frames = {}
+    for name in ("standard", "other"):
+        (recorded,) = record(tmp_path / name, "train", [3], Settings(**settings, texture_set=name))
+        assert f"--texture-set {name}" in (tmp_path / name / "README.md").read_text()
+        frames[name] = doom_maze.decode(tmp_path / name / "train" / recorded["file_name"]).astype(float)
+    assert np.abs(frames["standard"] - frames["other"]).mean() > 10
+
+
 @pytest.mark.parametrize("split", COUNTS)
 @pytest.mark.parametrize("nodes", [3, 4, 7])
 def test_maze_size(nodes: int, split: str) -> None:
@@ -348,6 +363,7 @@ def test_wrong_arguments(
         ("frames", 9, f"--frames is 9, but .* was recorded with --frames {FRAMES}"),
         ("textures", 9, "--textures is 9, but .* was recorded with --textures 4"),
         ("walk", "revisit", "--walk is revisit, but .* was recorded with --walk explore"),
+        ("texture_set", "other", "--texture-set is other, but .* was recorded with --texture-set standard"),
         ("maze_nodes", (3, 5), "--maze-nodes is 3 5, but .* was recorded with --maze-nodes 4 5"),
     ],
 )

@@ -99,12 +99,10 @@ def test_bad_recipes_are_named(tmp_path: Path, text: str, message: str) -> None:
         parse_far([str(tmp_path / "missing.yaml")])
 
 
-def test_sizes_other_than_those_of_the_pretrained_model_are_refused() -> None:
-    config = {**vars(ModelOptions()), "axes_dims_rope": (16, 24, 24), "num_layers": 6, "num_actions": 3}
-    ModelOptions().check_unused(config)
-    ModelOptions(num_layers=6, num_actions=3).check_unused(config)
-    with pytest.raises(ValueError, match="num_layers=2: the pretrained model has 6, which stays"):
-        ModelOptions(num_layers=2).check_unused(config)
+def test_the_sizes_that_are_given_for_a_pretrained_model() -> None:
+    assert ModelOptions().given() == {}
+    given = ModelOptions(num_layers=6, num_actions=0, num_classes=3).given()
+    assert given == {"num_layers": 6, "num_actions": None, "num_classes": 3}
 
 
 def test_warmup_of_an_autoencoder_in_steps() -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -32,7 +33,7 @@ from diffusers_far.training.train_folder import (
     read_plan,
     write_plan,
 )
-from tests.tiny_models import autoencoder
+from tests.tiny_models import autoencoder, pipeline, transformer
 from tests.video_writing import numbered_frames, write_video
 
 TINY = ["--size", "tiny", "--num-threads", "1", "--logging-steps", "1", "--clip-seconds", "1"]
@@ -173,6 +174,95 @@ def test_a_new_autoencoder_is_trained_and_measured(videos: Path, tmp_path: Path)
     assert (moved / "pipeline/vae/config.json").is_file() and not (tmp_path / "run").exists()
 
 
+# ----------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base pipeline with three actions, of 64 x 64 pixels."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = transformer(num_actions=3, patch_size=2)
+    names = ["left", "stay", "right"]
+    pipeline(model, action_names=names, num_training_frames=8, flex_rope_slope=0.25).save_pretrained(folder)
+    return folder
+
+
+def fine_tune(videos: Path, trained: Path, output: Path, *more: str) -> int:
+    words = ["--pretrained", str(trained), "--output-dir", str(output), "--max-train-steps", "2"]
+    words += ["--num-threads", "1", "--batch-size", "2", "--validation-steps", "0", "--logging-steps", "1"]
+    return train_folder.main([str(videos), *words, *more])
+
+
+def test_a_lora_of_a_pipeline(
+    videos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert fine_tune(videos, trained, output, "--lora-rank", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == f"fine-tuning: {trained}, by a LoRA of rank 2; the model stays as it is"
+    assert lines[4] == "  actions: taken for the 3 of the model: 0 left, 1 stay, 2 right"
+    assert lines[5].startswith("model: FAR base, ") and lines[5].endswith("64 pixels, clips of 8 frames")
+    assert lines[7].startswith(f"autoencoder: {trained}/vae, ")
+    assert f"{output}/lora: a LoRA for {trained}, after 2 steps" in lines
+    assert not (output / "pipeline").exists() and (output / "sample.mp4").is_file()
+    pipe = FARVideoPipeline.from_pretrained(trained)
+    pipe.load_lora_weights(output / "lora")
+    assert len(pipe(num_frames=2, actions=[0, 2]).frames[0]) == 2
+    card = (output / "lora/README.md").read_text()
+    assert "9 videos (mp4)" in card and f'load_lora_weights("{output}/lora")' in card
+
+
+def test_a_base_model_of_other_actions_becomes_a_long_one_of_another_size(
+    videos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it at once: names of actions, long-term frames, frames of another size."""
+    folder = tmp_path / "base"
+    shutil.copytree(trained, folder)
+    config = json.loads((folder / "transformer/config.json").read_text()) | {"short_window": 4}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    more = ("--action-names", "right", "left", "jump", "--resolution", "96x64", "--clip-seconds", "1")
+    assert fine_tune(videos, folder, tmp_path / "run", *more) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:7] == [
+        f"fine-tuning: {folder}, all weights",
+        "  actions: kept from the model: right, left; made anew: jump",
+        "  long-term frames: new; their projections start as those of short-term frames",
+        "  frames: of 96x64 pixels; the model was trained on 64",
+    ]
+    assert lines[7].startswith("model: FAR Long, window of 4 frames, ")
+    pipe = FARVideoPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert pipe.transformer.config.long_patch_size == 4 and pipe.default_size == (96, 64)
+    assert pipe.config.action_names == ["right", "left", "jump"]
+    # What else is known of the pipeline stays.
+    assert (pipe.config.flex_rope_slope, pipe.config.num_inference_steps) == (0.25, 3)
+    assert pipe.config.num_training_frames == 10
+    card = (tmp_path / "run/pipeline/README.md").read_text()
+    assert f"Fine-tuned from {folder} with `diffusers-far train`." in card
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "tiny"], "size='tiny': pretrained='.*' has its own, which stays"),
+        (["--autoencoder", "new"], "autoencoder='new': pretrained='.*' has its own, which stays"),
+        (["--resolution", "72"], "takes multiples of 2 x 2 latents; the resolution gives 9 x 9"),
+        (["--lora-rank", "0"], "lora_rank=0 must be an integer of at least 1"),
+        (["--lora-rank", "2", "--clip-seconds", "1"], "lora_rank=2: .* would be changed: long-term frames"),
+        (["--lora-rank", "2", "--ignore-actions"], "lora_rank=2: .* actions: none any more"),
+        (["--ignore-actions", "--action-names", "a"], "action_names=.*: the videos have no actions"),
+    ],
+)
+def test_what_does_not_go_with_a_pretrained_model_is_named(
+    videos: Path, trained: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fine_tune(videos, trained, tmp_path / "run", *more)
+    with pytest.raises(ValueError, match="is a transformer alone; it takes a pipeline"):
+        fine_tune(videos, trained / "transformer", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bar_on_a_terminal(videos: Path, tiny_autoencoder: Path, tmp_path: Path) -> None:
     """With the time that is left, the loss and frames a second; of a run in minutes, too."""
     more = ("--autoencoder", str(tiny_autoencoder), "--max-minutes", "0.05", "--validation-steps", "0")
@@ -215,6 +305,7 @@ def test_a_dry_run_prints_the_plan_within_seconds_and_leaves_nothing(videos: Pat
             "autoencoder='gone' must be a folder with config.json, or auto, shipped or new",
         ),
         (["--batch-size", "-1"], "batch_size=-1 must be an integer of at least 0"),
+        (["--action-names", "left", "right"], "['left', 'right'] are 2; the videos have actions up to 2"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_done(
@@ -332,5 +423,5 @@ def test_options_are_those_of_the_scripts() -> None:
     shared = given.shared(FAROptions)
     assert shared["max_minutes"] == 2 and shared["learning_rate"] == 1e-3
     assert options().max_train_steps == 10_000
-    with pytest.raises(ValueError, match="resolution=None"):
-        options(resolution=None)
+    with pytest.raises(ValueError, match="pretrained=None: lora_rank=8 takes the model to adapt"):
+        options(lora_rank=8)

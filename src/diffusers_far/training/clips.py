@@ -56,7 +56,7 @@ class LatentVideos:
         self.actions = self._read("actions")
         self.revisits = self._read("revisits")
         self.class_labels = self._read("class_label")
-        encoders = [(file.metadata() or {}).get(AUTOENCODER_KEY) for file in self._files]
+        encoders: list[str | None] = [(file.metadata() or {}).get(AUTOENCODER_KEY) for file in self._files]
         names = [(file.metadata() or {}).get(ACTION_NAMES_KEY, "[]") for file in self._files]
         self.action_names: tuple[str, ...] = tuple(json.loads(names[0]))
         for path, shape, encoder, own_names in zip(self.paths, self._shapes, encoders, names, strict=True):
@@ -69,6 +69,7 @@ class LatentVideos:
                 raise ValueError(f"{path} has latents of {shape[1:]}, {first}: all must be equal")
             if encoder != encoders[0]:
                 raise ValueError(f"{path} and {self.paths[0]} were encoded by different autoencoders")
+        self.autoencoder = encoders[0]  # its hash, where the files have it
 
     def _read(self, name: str) -> list[Tensor | None]:
         found = [file.get_tensor(name) if name in file.keys() else None for file in self._files]  # noqa: SIM118

@@ -58,6 +58,10 @@ def save_pipeline(pipeline: FARVideoPipeline, folder: Path) -> None:
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # where the weights were on this machine
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    let_all_read(folder)
+
+
+def let_all_read(folder: Path) -> None:
     for file in folder.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
 

@@ -147,11 +147,15 @@ class ModelOptions:
     num_attention_heads: Count = option(12, "heads of a block")
     attention_head_dim: Count = option(64, "width of a head")
     axes_dims_rope: list[int] = option([16, 24, 24], "of it, for time, height and width")
-    num_classes: Count | None = option(None, "classes of videos that condition the model")
-    num_actions: list[int] | None = option(
-        None, "actions of frames that condition the model; several numbers are sizes of groups"
+    num_classes: CountOrZero | None = option(
+        None, "classes of videos that condition the model; 0 for none, where a pretrained one has some"
     )
-    action_dim: Count | None = option(None, "numbers of a continuous action, in place of num_actions")
+    num_actions: list[int] | None = option(
+        None, "actions of frames that condition the model; several numbers are sizes of groups; 0 likewise"
+    )
+    action_dim: CountOrZero | None = option(
+        None, "numbers of a continuous action, in place of num_actions; 0 likewise"
+    )
     short_window: Count = option(16, "frames of a Long model's window")
 
     def __post_init__(self) -> None:
@@ -159,24 +163,37 @@ class ModelOptions:
         if isinstance(self.num_actions, list) and len(self.num_actions) == 1:  # from a command line
             self.num_actions = self.num_actions[0]  # type: ignore[assignment]
 
-    def check_unused(self, config: Any) -> None:
-        """Refuse sizes other than those of a model that is there already."""
-        for item in dataclasses.fields(self):
-            value, default, fixed = (
-                getattr(self, item.name),
-                getattr(ModelOptions(), item.name),
-                config[item.name],
-            )
-            if value != default and value != (list(fixed) if isinstance(fixed, tuple) else fixed):
-                raise ValueError(f"{item.name}={value}: the pretrained model has {fixed}, which stays")
+    def given(self) -> dict[str, Any]:
+        """Those that are given, for a pretrained model; without conditions (0) as None."""
+        plain = ModelOptions()
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value or None for name, value in values.items() if value != getattr(plain, name)}
 
 
 @dataclass(kw_only=True)
-class FAROptions(RunOptions):
+class StartOptions:
+    """What training starts from."""
+
+    pretrained: str | None = option(
+        None, "pipeline or model to fine-tune: a folder, such as ema of another run, or a repo of the Hub"
+    )
+    lora_rank: Count | None = option(
+        None, "train an adapter of this rank (LoRA) for pretrained, which stays as it is; 16 does for most"
+    )
+    action_names: list[str] | None = option(
+        None, "what the actions are called, in order; pretrained keeps what it knows of equal names"
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.pretrained is None:
+            raise ValueError(f"pretrained=None: lora_rank={self.lora_rank} takes the model to adapt")
+
+
+@dataclass(kw_only=True)
+class FAROptions(StartOptions, RunOptions):
     """Options of training FAR. The defaults are the published ones where there are any."""
 
     latents: str = option(dataclasses.MISSING, "what encode_latents wrote: splits train and validation")
-    pretrained: str | None = option(None, "folder of a model to start from, such as ema of another run")
     objective: Literal["flow_matching", "flow_map"] = option(
         "flow_matching", "flow_map makes any-step models"
     )
@@ -208,8 +225,16 @@ class FAROptions(RunOptions):
     validation_batches: Count = option(8, "batches of one validation")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunOptions.__post_init__(self)
+        StartOptions.__post_init__(self)
+        if self.lora_rank is not None and self.muon_learning_rate is not None:
+            raise ValueError(
+                f"muon_learning_rate={self.muon_learning_rate}: an adapter (lora_rank={self.lora_rank}) is "
+                "trained by AdamW alone"
+            )
         if self.objective == "flow_map":
+            if self.lora_rank is not None:
+                raise ValueError(f"lora_rank={self.lora_rank}: objective=flow_map trains whole models only")
             if self.pretrained is None:
                 raise ValueError("pretrained=None: objective=flow_map takes the folder of a trained model")
             if self.noisy_window_probability:

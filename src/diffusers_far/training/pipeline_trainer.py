@@ -1,7 +1,9 @@
 """Training that writes a whole pipeline, ready to use, beside every checkpoint."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderDC
 
@@ -17,11 +19,12 @@ NUM_INFERENCE_STEPS = 25
 class PipelineTrainer(FARTrainer):
     """Trains FAR; with every checkpoint, OUTPUT/pipeline is renewed, with a card that says how it was made.
 
+    A pretrained pipeline keeps all but its transformer. Of an adapter there is OUTPUT/lora in its place.
+
     Args:
-        sizes, options: as FARTrainer's.
+        sizes, options, facts: as FARTrainer's.
         autoencoder: folder of the one that made the latents.
         sample_size: height and width of frames in pixels, or one number for both.
-        facts: lines for the model card about the data.
     """
 
     def __init__(
@@ -32,59 +35,45 @@ class PipelineTrainer(FARTrainer):
         sample_size: int | tuple[int, int],
         facts: Sequence[str],
     ) -> None:
-        super().__init__(sizes, options)
-        self.autoencoder = AutoencoderDC.from_pretrained(autoencoder)
-        self.sample_size, self.facts = sample_size, facts
-        self.validation: dict[str, float] = {}
+        super().__init__(sizes, options, facts)
+        self.autoencoder, self.sample_size = autoencoder, sample_size
 
-    def validate(self) -> dict[str, float]:
-        self.validation = super().validate()
-        return self.validation
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """Of the pipeline, but for its transformer: as they were, or new ones."""
+        num_frames = self.options.num_frames
+        if self.pretrained is not None and self.pretrained.pipeline is not None:
+            before = FARVideoPipeline.from_pretrained(self.pretrained.pipeline, transformer=self.network)
+            vae, scheduler = before.vae, before.scheduler
+            defaults = {name: before.config[name] for name in ("num_inference_steps", "flex_rope_slope")}
+            num_frames = max(num_frames, before.config.num_training_frames or 0)
+        else:
+            vae, scheduler = AutoencoderDC.from_pretrained(self.autoencoder), make_scheduler("Euler")
+            defaults = {"num_inference_steps": NUM_INFERENCE_STEPS}
+        return defaults | {
+            "vae": vae,
+            "scheduler": scheduler,
+            "num_training_frames": num_frames,
+            "sample_size": self.sample_size,
+            "action_names": self.action_names,
+        }
 
     def save_weights(self) -> None:
         super().save_weights()
-        self.run.export("pipeline", self._write_pipeline)
+        if self.options.lora_rank is None:
+            self.run.export("pipeline", self._write_pipeline)
 
     def _write_pipeline(self, folder: Path) -> None:
-        pipeline = FARVideoPipeline(
-            self.network,
-            self.autoencoder,
-            make_scheduler("Euler"),
-            num_inference_steps=NUM_INFERENCE_STEPS,
-            num_training_frames=self.options.num_frames,
-            sample_size=self.sample_size,
-            action_names=self._action_names(),
-        )
+        pipeline = FARVideoPipeline(self.network, **self._parts)
         save_pipeline(pipeline, folder)
         output = Path(self.options.output_dir)
+        came_from = "Trained" if self.pretrained is None else f"Fine-tuned from {self.pretrained.name}"
         card = fill_model_card(
             pipeline,
             str(output / "pipeline"),
             name=output.resolve().name,
-            summary="Trained with `diffusers-far train`.",
-            training=self._training(),
-            evaluation=self._evaluation(),
+            summary=f"{came_from} with `diffusers-far train`.",
+            training=self.training_facts(),
+            evaluation=self.evaluation_facts(),
         )
         card.save(folder / "README.md")
-
-    def _action_names(self) -> list[str] | None:
-        """What the data call groups of actions, or numbers of vectors."""
-        space = self.network.action_space
-        return None if space is None else list(self.batches.videos.action_names) or None
-
-    def _training(self) -> str:
-        options, clock = self.options, self.run.clock
-        clips = options.batch_size * options.gradient_accumulation_steps
-        lines = [
-            *self.facts,
-            f"{clock.step:,} steps of {clips} clips of up to {options.num_frames} frames, in "
-            f"{clock.seconds / 60:.1f} minutes of training",
-            f"learning rate {options.learning_rate:g}, {options.lr_scheduler}; seed {options.seed}",
-        ]
-        return "\n".join(f"- {line}" for line in lines)
-
-    def _evaluation(self) -> str:
-        if not self.validation:
-            return "Not measured yet."
-        lines = [f"- {name.replace('_', ' ')}: {value:.4f}" for name, value in self.validation.items()]
-        return "\n".join(["On clips of the held-out videos:", "", *lines])

@@ -479,9 +479,9 @@ class _OtherRun(ValueError):
 def _difference(earlier: Any, now: Any) -> str:
     """Where two models, or the data, of a run differ."""
     if isinstance(earlier, dict):
-        for name in now:
-            if earlier.get(name) != now[name]:
-                return f"{name}={earlier.get(name)} of the model, which is {now[name]} now"
+        for name in {**earlier, **now}:
+            if earlier.get(name) != now.get(name):
+                return f"{name}={earlier.get(name)} of the model, which is {now.get(name)} now"
     return "other data"
 
 

@@ -1,6 +1,7 @@
 """Train FAR on encoded videos.
 
     python -m training.train_far training/recipes/far_doom_maze.yaml --latents LATENTS --output-dir OUTPUT
+    python -m training.train_far --pretrained PIPELINE --lora-rank 16 --latents LATENTS ...
     accelerate launch -m training.train_far RECIPE.yaml ...            # several processes
 
 A recipe is a YAML file of the options below; options on the command line win. OUTPUT gets `ema/` (averaged
@@ -9,43 +10,69 @@ go on from with `--resume-from latest`. Clips, noise and timesteps of a step dep
 only, so a run of `--max-train-steps` that was interrupted ends with the weights of one that was not, bit for
 bit.
 
+With `--pretrained` it goes on from a trained model: all weights, changed first where actions, classes or
+long-term frames are to be other ones (training/pretrained.py), or an adapter with `--lora-rank`. Then OUTPUT
+gets `lora/`, as `FARVideoPipeline.load_lora_weights` reads it, in place of `ema/`.
+
 The objective is flow matching, as published (section 3 of the paper), or with `--objective flow_map` an
 any-step model is made of a trained one (training/objectives.py).
 """
 
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..hub import fill_lora_card
+from ..inputs import ActionNames
 from ..memory_loss import memory_loss
 from ..transformer_far import LATER_OPTIONS, FARTransformer3DModel
 from .clips import ClipBatches, Clips, LatentVideos
+from .encode_latents import hash_autoencoder
+from .make_pipeline import let_all_read
 from .matmul_attn_processor import MatmulAttnProcessor
 from .objectives import FlowMap, FlowMatching
 from .options import FAROptions, ModelOptions, parse, script
+from .pretrained import (
+    Change,
+    Pretrained,
+    add_lora,
+    change_model,
+    check_action_names,
+    find_pretrained,
+    plan_change,
+    save_lora,
+)
 from .run import Run
 
 MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
 
+logger = logging.getLogger(__name__)
+
 
 class FARTrainer:
-    """What training FAR adds to a run."""
+    """What training FAR adds to a run.
 
-    def __init__(self, sizes: ModelOptions, options: FAROptions) -> None:
-        self.options = options
+    Args:
+        sizes: of a new model, or what is to be other than in a pretrained one.
+        facts: lines for a model card about the data.
+    """
+
+    def __init__(self, sizes: ModelOptions, options: FAROptions, facts: Sequence[str] = ()) -> None:
+        self.options, self.facts = options, facts
+        self.validation: dict[str, float] = {}  # the last one
         # The weights of long-term tokens have no part in a clip as short as the window.
         self.run = Run("far", options, find_unused_parameters=True)
         videos = LatentVideos(Path(options.latents) / "train")
-        statistics = videos.action_statistics() if sizes.action_dim else {}
-        model, teacher = create_models(sizes, options, videos.frame_shape[0], statistics)
+        self.pretrained = None if options.pretrained is None else find_pretrained(options.pretrained)
+        model, teacher, self.action_names = create_models(sizes, options, self.pretrained, videos)
         self.batches = self._batches(videos, model)
         self.validation_batches = None
         if options.validation_steps:
@@ -55,6 +82,8 @@ class FARTrainer:
         # Checkpoints of earlier versions, which lack them, resume.
         unset = {name for name in LATER_OPTIONS if model.config[name] is None}
         config = {name: value for name, value in model.config.items() if name not in unset}
+        if options.lora_rank is not None:
+            config["lora_rank"] = options.lora_rank
         data = videos.fingerprint()
         optimizers = create_optimizers(model, options)
         self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
@@ -119,6 +148,10 @@ class FARTrainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean losses on the held-out clips, with fixed noise."""
+        self.validation = self._losses() | self._memory_losses()
+        return self.validation
+
+    def _losses(self) -> dict[str, float]:
         run, batches = self.run, self.validation_batches
         assert batches is not None
         means = {}
@@ -128,10 +161,12 @@ class FARTrainer:
                 for index in range(self.options.validation_batches)
             ]
             means[name] = float(run.accelerator.reduce(torch.stack(losses).mean(), "mean"))
-        return means | self._memory_losses(batches.videos)
+        return means
 
-    def _memory_losses(self, videos: LatentVideos) -> dict[str, float]:
+    def _memory_losses(self) -> dict[str, float]:
         """Of a Long model: the loss of noisy windows after right and wrong long-term frames (held out)."""
+        assert self.validation_batches is not None
+        videos = self.validation_batches.videos
         num_frames = min(MEMORY_FRAMES, self.options.num_frames)
         window = self.network.short_window
         chosen = [video for video, length in enumerate(videos.num_frames) if length >= num_frames]
@@ -148,46 +183,110 @@ class FARTrainer:
         return {f"memory_{name}": value for name, value in losses.items()}
 
     def save_weights(self) -> None:
-        self.run.export("ema", self.network.save_pretrained)
+        if self.options.lora_rank is None:
+            self.run.export("ema", self.network.save_pretrained)
+        else:
+            self.run.export("lora", self._write_lora)
+
+    def _write_lora(self, folder: Path) -> None:
+        save_lora(self.network, folder)
+        assert self.pretrained is not None
+        output = Path(self.options.output_dir)
+        card = fill_lora_card(
+            self.network,
+            self.pretrained.name,
+            str(output / "lora"),
+            training=self.training_facts(),
+            evaluation=self.evaluation_facts(),
+            name=output.resolve().name,
+        )
+        card.save(folder / "README.md")
+        let_all_read(folder)
+
+    def training_facts(self) -> str:
+        """Section of a model card."""
+        options, clock = self.options, self.run.clock
+        clips = options.batch_size * options.gradient_accumulation_steps
+        lines = [
+            *self.facts,
+            *([] if self.pretrained is None else [f"from the weights of {self.pretrained.name}"]),
+            f"{clock.step:,} steps of {clips} clips of up to {options.num_frames} frames, in "
+            f"{clock.seconds / 60:.1f} minutes of training",
+            f"learning rate {options.learning_rate:g}, {options.lr_scheduler}; seed {options.seed}",
+        ]
+        return "\n".join(f"- {line}" for line in lines)
+
+    def evaluation_facts(self) -> str:
+        """Section of a model card."""
+        if not self.validation:
+            return "Not measured yet."
+        lines = [f"- {name.replace('_', ' ')}: {value:.4f}" for name, value in self.validation.items()]
+        return "\n".join(["On clips of the held-out videos:", "", *lines])
 
 
 def create_models(
-    sizes: ModelOptions,
-    options: FAROptions,
-    in_channels: int,
-    statistics: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None]:
-    """The model as training begins and, for a flow map, the trained one that it learns from.
-
-    Args:
-        statistics: `action_mean` and `action_std` of a new model of vectors.
-    """
-    teacher = None
-    if options.pretrained is None:
+    sizes: ModelOptions, options: FAROptions, pretrained: Pretrained | None, videos: LatentVideos
+) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None, ActionNames | None]:
+    """The model as training begins; for a flow map, the trained one that it learns from; names of actions."""
+    in_channels, teacher = videos.frame_shape[0], None
+    statistics = videos.action_statistics() if sizes.action_dim else {}
+    if pretrained is None:
+        names: ActionNames | None = list(options.action_names or videos.action_names) or None
+        if options.action_names is not None:
+            check_action_names(options.action_names, sizes.num_actions)
         model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes), **statistics)
     else:
-        model = FARTransformer3DModel.from_pretrained(options.pretrained)
-        sizes.check_unused(model.config)
-        if model.config.in_channels != in_channels:
+        change = plan_change(pretrained, sizes, options, videos.action_names, statistics)
+        check_latents(pretrained, videos)
+        for line in change.told:
+            logger.info("%s: %s", pretrained.name, line)
+        model, names = pretrained.load(), change.action_names
+        if options.objective == "flow_map":
+            if change.told:
+                raise ValueError(
+                    f"objective=flow_map takes the model as it is, but {'; '.join(change.told)}: train it so "
+                    "first"
+                )
+            teacher = model
+            change = Change({"use_meanflow": True})
+        elif pretrained.config["use_meanflow"]:
             raise ValueError(
-                f"pretrained={options.pretrained!r} takes {model.config.in_channels} channels; "
-                f"{options.latents} has {in_channels}"
+                f"pretrained={pretrained.name!r} is an any-step model (use_meanflow), which flow matching "
+                "would undo: take the model that it was made of, then make an any-step model with "
+                "objective=flow_map"
             )
-    if options.objective == "flow_map":
-        teacher = model
-        model = FARTransformer3DModel.from_config(teacher.config, use_meanflow=True)
-        model.load_state_dict(teacher.state_dict(), strict=False)  # it may have no weights for intervals
+        if change.options or change.replaced or change.rows:
+            model = change_model(model, change)
+        if options.lora_rank is not None:
+            add_lora(model, options.lora_rank)
     if options.attention == "matmul":
         for network in (model, teacher or model):
             network.set_attn_processor(MatmulAttnProcessor())
     if options.compile:
         model.compile_repeated_blocks(dynamic=True)
-    return model, teacher
+    return model, teacher, names
+
+
+def check_latents(pretrained: Pretrained, videos: LatentVideos) -> None:
+    """Raise unless the latents are such as the pretrained model was trained on."""
+    channels = pretrained.config["in_channels"]
+    if channels != videos.frame_shape[0]:
+        raise ValueError(
+            f"pretrained={pretrained.name!r} takes {channels} channels; {videos.folder} has "
+            f"{videos.frame_shape[0]}"
+        )
+    if pretrained.pipeline is not None and videos.autoencoder is not None:
+        autoencoder = AutoencoderDC.from_pretrained(pretrained.pipeline / "vae")
+        if hash_autoencoder(autoencoder) != videos.autoencoder:
+            raise ValueError(
+                f"pretrained={pretrained.name!r}: {videos.folder} was encoded by another autoencoder; encode "
+                f"with {pretrained.pipeline / 'vae'}"
+            )
 
 
 def create_optimizers(model: FARTransformer3DModel, options: FAROptions) -> list[torch.optim.Optimizer]:
     """AdamW and, with a rate for it, Muon for the matrices of the blocks."""
-    weights = dict(model.named_parameters())
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizers: list[torch.optim.Optimizer] = []
     if options.muon_learning_rate is not None:
         blocks = model.transformer_blocks.named_parameters(prefix="transformer_blocks")

@@ -13,6 +13,9 @@ it, trains, and ends with a sample beside the truth. OUTPUT gets
     plan.json       sizes and batch, kept when the run goes on
     log.jsonl, checkpoint-<step>/, ema/     the run, as of every script
 
+With `--pretrained` a trained pipeline is fine-tuned: all its weights, or with `--lora-rank 16` an adapter,
+which goes to OUTPUT/lora in place of pipeline/ and ema/ (docs/fine_tuning.md).
+
 After Ctrl-C, and after a crash, `--resume-from latest` goes on. The steps are those of encode_latents.py,
 train_autoencoder.py, train_far.py and make_pipeline.py, which take more options.
 
@@ -54,9 +57,11 @@ from .options import (
     Positive,
     RunOptions,
     Share,
+    StartOptions,
     option,
     parse,
 )
+from .pretrained import Change, Pretrained, add_lora, find_pretrained, plan_change
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -94,13 +99,15 @@ SIZES = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions(FrameOptions, RunOptions):
+class TrainOptions(StartOptions, FrameOptions, RunOptions):
     """Options of the command."""
 
     output_dir: str = option("far-model", "new folder for the model and all that leads to it")
-    resolution: str | None = option("64", "height and width of frames in pixels: 64, or 64x96")
-    size: Literal["tiny", "small", "base"] = option(
-        "small", "of the model: about 1, 9 and 130 million parameters"
+    resolution: str | None = option(
+        None, "height and width of frames in pixels: 64, or 64x96; default: as of pretrained, or 64"
+    )
+    size: Literal["tiny", "small", "base"] | None = option(
+        None, "of a new model: about 1, 9 (default) and 130 million parameters"
     )
     clip_seconds: Positive | None = option(
         None,
@@ -109,7 +116,7 @@ class TrainOptions(FrameOptions, RunOptions):
     autoencoder: str = option(
         "auto",
         "folder of one, or shipped, or new: train one; auto: the shipped one if it reconstructs held-out "
-        f"frames with {GOOD_PSNR:g} dB, else the better of it and a new one",
+        f"frames with {GOOD_PSNR:g} dB, else the better of it and a new one; that of pretrained always stays",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "bf16" if torch.cuda.is_available() else "no", "number format of the forward pass"
@@ -129,8 +136,13 @@ class TrainOptions(FrameOptions, RunOptions):
 
     def __post_init__(self) -> None:
         FrameOptions.__post_init__(self)
-        if self.resolution is None:
-            raise ValueError("resolution=None: it takes a number of pixels, or two: 64, or 64x96")
+        StartOptions.__post_init__(self)
+        if self.pretrained is not None:
+            for name, default in (("size", None), ("autoencoder", "auto")):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name}={value!r}: pretrained={self.pretrained!r} has its own, which stays"
+                    )
         if self.max_train_steps is None and self.max_minutes is None:
             self.max_train_steps = 10_000
         RunOptions.__post_init__(self)
@@ -161,8 +173,8 @@ class Plan:
 # The plan
 
 
-def clip_frames(source: Source, options: TrainOptions) -> int:
-    """Frames of a clip: `clip_seconds`, or what half of the examined videos have."""
+def clip_frames(source: Source, options: TrainOptions, most: int = MOST_CLIP_FRAMES) -> int:
+    """Frames of a clip: `clip_seconds`, or what half of the examined videos have, up to `most`."""
     examined = source.examine("train", options)
     if options.clip_seconds is not None:
         rates = [one.frame_rate for one in examined.stated if one.frame_rate is not None]
@@ -174,7 +186,7 @@ def clip_frames(source: Source, options: TrainOptions) -> int:
         return max(2, round(options.clip_seconds * rate / options.stride))
     if not examined.lengths:
         return MOST_BASE_FRAMES
-    return max(2, min(MOST_CLIP_FRAMES, int(statistics.median(examined.lengths))))
+    return max(2, min(most, int(statistics.median(examined.lengths))))
 
 
 def choose_sizes(size: str, num_frames: int, grid: tuple[int, int]) -> dict[str, Any]:
@@ -191,10 +203,44 @@ def choose_sizes(size: str, num_frames: int, grid: tuple[int, int]) -> dict[str,
             f"size={size!r} has patches of {patch} x {patch} latents; the resolution gives {grid[0]} x "
             f"{grid[1]}"
         )
-    long_patches = [side for side in (4 * patch, 2 * patch) if not grid[0] % side and not grid[1] % side]
-    if num_frames > max(MOST_BASE_FRAMES, chosen["short_window"]) and long_patches:
-        chosen["long_patch_size"] = long_patches[-1]
+    long_patch = long_patch_size(patch, grid)
+    if num_frames > max(MOST_BASE_FRAMES, chosen["short_window"]) and long_patch is not None:
+        chosen["long_patch_size"] = long_patch
     return chosen
+
+
+def long_patch_size(patch: int, grid: tuple[int, int]) -> int | None:
+    """Of a Long model, where this grid of latents has room for one."""
+    return None if grid[0] % (2 * patch) or grid[1] % (2 * patch) else 2 * patch
+
+
+def pretrained_sizes(pretrained: Pretrained, num_frames: int, grid: tuple[int, int]) -> dict[str, Any]:
+    """Those of a trained model; a base model becomes a Long one for clips longer than it was trained with."""
+    config = pretrained.config
+    sizes = {item.name: config[item.name] for item in fields(ModelOptions)}
+    sizes["axes_dims_rope"] = list(sizes["axes_dims_rope"])
+    multiple = config["long_patch_size"] or config["patch_size"]
+    if grid[0] % multiple or grid[1] % multiple:
+        raise ValueError(
+            f"pretrained={pretrained.name!r} takes multiples of {multiple} x {multiple} latents; the "
+            f"resolution gives {grid[0]} x {grid[1]}"
+        )
+    if config["long_patch_size"] is None:
+        if num_frames > most_frames(pretrained):
+            sizes["long_patch_size"] = long_patch_size(config["patch_size"], grid)
+    elif num_frames < config["short_window"]:
+        raise ValueError(
+            f"pretrained={pretrained.name!r} has a window of {config['short_window']} frames; clips have "
+            f"{num_frames}: it takes longer videos, or a greater clip_seconds"
+        )
+    return sizes
+
+
+def most_frames(pretrained: Pretrained | None) -> int:
+    """Of a clip, where no length is asked for."""
+    if pretrained is None or pretrained.config["long_patch_size"] is not None:
+        return MOST_CLIP_FRAMES
+    return pretrained.num_training_frames or MOST_BASE_FRAMES
 
 
 class Cost(NamedTuple):
@@ -204,7 +250,13 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def measure_cost(sizes: dict[str, Any], in_channels: int, grid: tuple[int, int], num_frames: int) -> Cost:
+def measure_cost(
+    sizes: dict[str, Any],
+    in_channels: int,
+    grid: tuple[int, int],
+    num_frames: int,
+    lora_rank: int | None = None,
+) -> Cost:
     """Measured on models of one and two blocks, from which the cost of all blocks follows."""
     from ..transformer_far import FARTransformer3DModel
     from .clips import Clips
@@ -223,6 +275,8 @@ def measure_cost(sizes: dict[str, Any], in_channels: int, grid: tuple[int, int],
         model = FARTransformer3DModel(in_channels=in_channels, **{**sizes, "num_layers": num_layers}).to(
             device
         )
+        if lora_rank is not None:
+            add_lora(model, lora_rank)
         objective = FlowMatching(model)
         runs: list[float] = []
         began = time.perf_counter()
@@ -273,7 +327,7 @@ def count_parameters(sizes: dict[str, Any], in_channels: int) -> int:
 
 
 def conditions(source: Source) -> dict[str, Any]:
-    """What conditions the model, by the episodes that are examined: `num_actions` and so on."""
+    """What the videos have, by the episodes that are examined: `num_actions` and so on."""
     from .clips import action_options, stack_actions
 
     found: dict[str, Any] = {}
@@ -284,6 +338,59 @@ def conditions(source: Source) -> dict[str, Any]:
     if all(label is not None for label in labels):
         found["num_classes"] = max(len(source.class_names), *(1 + (label or 0) for label in labels))
     return found
+
+
+def fit_conditions(
+    found: dict[str, Any], options: TrainOptions, pretrained: Pretrained | None
+) -> dict[str, Any]:
+    """What conditions the model: what the videos have; all actions of a pretrained model, or of
+    `action_names`, if those of the videos are among them."""
+    num_actions, names, space = found.get("num_actions"), options.action_names, ActionSpace.of(found)
+    if names is not None:
+        if not isinstance(num_actions, int):
+            have = "no actions" if space is None else f"actions that are {space}"
+            raise ValueError(f"action_names={names}: the videos have {have}")
+        if num_actions > len(names):
+            raise ValueError(
+                f"action_names={names} are {len(names)}; the videos have actions up to {num_actions - 1}"
+            )
+        num_actions = len(names)
+    elif pretrained is not None and space is not None and not space.is_vector:
+        known = ActionSpace.of(pretrained.config)
+        alike = known is not None and known.shape == space.shape and not known.is_vector
+        if known is not None and alike and all(map(int.__le__, space.sizes, known.sizes)):
+            num_actions = list(known.sizes) if known.is_grouped else known.sizes[0]
+    conditions = {name: found.get(name) for name in ("action_dim", "num_classes")}
+    return conditions | {"num_actions": num_actions}
+
+
+def change_of(plan: Plan, options: TrainOptions, pretrained: Pretrained) -> Change:
+    """What the plan changes in a pretrained model."""
+    return plan_change(pretrained, wanted_sizes(plan, pretrained), options)
+
+
+def wanted_sizes(plan: Plan, pretrained: Pretrained | None) -> ModelOptions:
+    if pretrained is None:
+        return ModelOptions(**plan.sizes)
+    conditions = ("num_actions", "action_dim", "num_classes")
+    without = {name: 0 for name in conditions if plan.sizes[name] is None}
+    return ModelOptions(**plan.sizes | without)
+
+
+def describe_start(options: TrainOptions, plan: Plan, pretrained: Pretrained) -> Iterator[str]:
+    """What is made of a pretrained model."""
+    rank = options.lora_rank
+    yield f"fine-tuning: {pretrained.name}, " + (
+        "all weights" if rank is None else f"by a LoRA of rank {rank}; the model stays as it is"
+    )
+    for line in change_of(plan, options, pretrained).told:
+        yield f"  {line}"
+    known, names = pretrained.config["num_actions"], pretrained.action_names
+    if isinstance(known, int) and plan.sizes["num_actions"] == known and options.action_names is None:
+        listed = ", ".join(f"{number} {name}" for number, name in enumerate(names or []))
+        yield f"  actions: taken for the {known} of the model" + (f": {listed}" if listed else "")
+    if pretrained.resolution and FrameOptions(resolution=pretrained.resolution).frame_size != options.pixels:
+        yield f"  frames: of {options.resolution} pixels; the model was trained on {pretrained.resolution}"
 
 
 def duration(seconds: float) -> str:
@@ -446,6 +553,16 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
             f"autoencoder={options.autoencoder!r} must be a folder with config.json, or auto, shipped or new"
         )
     output = Path(options.output_dir)
+    pretrained = None if options.pretrained is None else find_pretrained(options.pretrained)
+    if pretrained is not None:
+        if pretrained.pipeline is None:
+            raise ValueError(
+                f"pretrained={options.pretrained!r} is a transformer alone; it takes a pipeline, whose "
+                "autoencoder is used as well"
+            )
+        options.autoencoder = str(pretrained.pipeline / "vae")
+    if options.resolution is None:
+        options.resolution = (pretrained and pretrained.resolution) or "64"
     source = open_source(data, options.ignore_actions, options.camera)
     say(source.describe(options))
     source.split("validation")
@@ -460,15 +577,18 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
     plan = read_plan(output) if options.resume_from else None
     is_new = plan is None
     if plan is None:
-        num_frames = clip_frames(source, options)
-        sizes = choose_sizes(options.size, num_frames, grid) | conditions(source)
-        plan = Plan("", sizes, num_frames, options.batch_size)
-    cost = measure_cost(plan.sizes, in_channels, grid, plan.num_frames)
+        num_frames = clip_frames(source, options, most_frames(pretrained))
+        plan = Plan("", {}, num_frames, options.batch_size)
+        plan.sizes = find_sizes(plan, options, pretrained, conditions(source), grid)
+    cost = measure_cost(plan.sizes, in_channels, grid, plan.num_frames, options.lora_rank)
     if not plan.batch_size:
         parameters = count_parameters(plan.sizes, in_channels)
         examined = source.examine("train", options)
         num_clips = (examined.num_frames or plan.num_frames * MAX_BATCH) // plan.num_frames
         plan.batch_size = find_batch(cost, parameters, num_clips)
+    if pretrained is not None:
+        for line in describe_start(options, plan, pretrained):
+            say(line)
     for line in describe_plan(options, source, plan, in_channels, cost):
         say(line)
     if options.dry_run:
@@ -488,14 +608,18 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
         say(f"interrupted; what is done is kept; {resume}")
         return 130
     if is_new:
-        settle(plan, options, source, grid)
+        settle(plan, options, source, grid, pretrained)
         write_plan(output, plan)
-    trainer = make_trainer(source, options, plan)
+    trainer = make_trainer(source, options, plan, pretrained)
     if not trainer.train():
         say(f"interrupted at step {trainer.run.clock.step}, and saved; {resume}")
         return 128 + (trainer.run.received_signal or 0)
-    say(f"{output / 'pipeline'}: the model, after {trainer.run.clock.step:,} steps")
-    say(make_sample(source, options, plan))
+    after = f"after {trainer.run.clock.step:,} steps"
+    if pretrained is not None and options.lora_rank is not None:
+        say(f"{output / 'lora'}: a LoRA for {pretrained.name}, {after}")
+    else:
+        say(f"{output / 'pipeline'}: the model, {after}")
+    say(make_sample(source, options, plan, pretrained))
     return 0
 
 
@@ -552,7 +676,28 @@ def encode_all(source: Source, options: TrainOptions, autoencoder: str) -> None:
         encode(source, settings, lambda split, number: bar.update())
 
 
-def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, int]) -> None:
+def find_sizes(
+    plan: Plan,
+    options: TrainOptions,
+    pretrained: Pretrained | None,
+    found: dict[str, Any],
+    grid: tuple[int, int],
+) -> dict[str, Any]:
+    """Of the model, for clips of the plan's length and conditions that were found."""
+    if pretrained is None:
+        sizes = choose_sizes(options.size or "small", plan.num_frames, grid)
+    else:
+        sizes = pretrained_sizes(pretrained, plan.num_frames, grid)
+    return sizes | fit_conditions(found, options, pretrained)
+
+
+def settle(
+    plan: Plan,
+    options: TrainOptions,
+    source: Source,
+    grid: tuple[int, int],
+    pretrained: Pretrained | None,
+) -> None:
     """Bring the plan in line with all videos, now that each has been read."""
     from .clips import LatentVideos, action_options
 
@@ -563,22 +708,24 @@ def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, i
     if longest < plan.num_frames:
         say(f"clips of {longest} frames: no video, or no held-out one, is longer")
         plan.num_frames = longest
-    sizes = choose_sizes(options.size, plan.num_frames, grid)
+    found: dict[str, Any] = {}
     for name in ("actions", "class_labels"):
         values = [value for videos in splits for value in getattr(videos, name)]
         if all(value is not None for value in values):
             if name == "actions":
-                sizes |= action_options(values)
+                found |= action_options(values)
             else:
-                sizes["num_classes"] = 1 + max(int(value) for value in values)
+                found["num_classes"] = 1 + max(int(value) for value in values)
         elif any(value is not None for value in values):
             say(f"{name.replace('_', ' ')} are left out: some videos have none")
-    if "num_classes" in sizes:
-        sizes["num_classes"] = max(sizes["num_classes"], len(source.class_names))
-    plan.sizes = sizes
+    if "num_classes" in found:
+        found["num_classes"] = max(found["num_classes"], len(source.class_names))
+    plan.sizes = find_sizes(plan, options, pretrained, found, grid)
 
 
-def make_trainer(source: Source, options: TrainOptions, plan: Plan) -> "PipelineTrainer":
+def make_trainer(
+    source: Source, options: TrainOptions, plan: Plan, pretrained: Pretrained | None
+) -> "PipelineTrainer":
     from .pipeline_trainer import PipelineTrainer
 
     settings = FAROptions(
@@ -593,10 +740,11 @@ def make_trainer(source: Source, options: TrainOptions, plan: Plan) -> "Pipeline
     facts = [*source.describe(options).splitlines(), f"frames: {options.identity}"]
     height, width = options.pixels
     sample_size = height if height == width else (height, width)
-    return PipelineTrainer(ModelOptions(**plan.sizes), settings, plan.autoencoder, sample_size, facts)
+    sizes = wanted_sizes(plan, pretrained)
+    return PipelineTrainer(sizes, settings, plan.autoencoder, sample_size, facts)
 
 
-def make_sample(source: Source, options: TrainOptions, plan: Plan) -> str:
+def make_sample(source: Source, options: TrainOptions, plan: Plan, pretrained: Pretrained | None) -> str:
     """Continue a held-out video with the model, the truth beside it; returns what is in the file."""
     from diffusers.utils import logging as diffusers_logging
 
@@ -608,7 +756,11 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan) -> str:
     episode, frames, numbers = sample_frames(source, options, plan.num_frames)
     num_context = len(frames) // 2
     diffusers_logging.disable_progress_bar()
-    pipeline = FARVideoPipeline.from_pretrained(output / "pipeline")
+    if pretrained is not None and options.lora_rank is not None:
+        pipeline = FARVideoPipeline.from_pretrained(pretrained.pipeline)
+        pipeline.load_lora_weights(output / "lora")
+    else:
+        pipeline = FARVideoPipeline.from_pretrained(output / "pipeline")
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     conditions: dict[str, Any] = {}
