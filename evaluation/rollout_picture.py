@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
@@ -24,13 +25,14 @@ from diffusers_far.metrics import sharpness
 from diffusers_far.video_files import read_video
 
 
-def contact_sheet(rows: list[Tensor], zoom: int = 2, gap: int = 2) -> Image.Image:
-    """One row of the picture per `[F, 3, H, W]` in [0, 1]; a wider gap follows every second row."""
+def contact_sheet(groups: list[list[Tensor]], zoom: int = 2, gap: int = 2) -> Image.Image:
+    """One row of the picture per `[F, 3, H, W]` in [0, 1]; a wider gap follows each group of rows."""
     lines = []
-    for index, frames in enumerate(rows):
-        large = frames.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-        padded = torch.nn.functional.pad(large, (0, gap, 0, gap if index % 2 == 0 else 5 * gap), value=1.0)
-        lines.append(torch.cat(list(padded), dim=-1))
+    for group in groups:
+        for frames in group:
+            large = frames.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+            below = 5 * gap if frames is group[-1] else gap
+            lines.append(torch.cat(list(functional.pad(large, (0, gap, 0, below), value=1.0)), dim=-1))
     sheet = torch.cat(lines, dim=-2)
     return Image.fromarray((sheet.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
@@ -45,14 +47,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32)
     parser.add_argument("--frames", type=int, default=200, help="frames to roll out")
     parser.add_argument("--columns", type=int, default=11)
+    parser.add_argument("--walks", type=int, help="first episodes that are shown; default: all")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--refresh-interval", type=int, default=1, help="of ContextSchedule; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint)
-    rows = []
-    for line in (arguments.episodes / "metadata.jsonl").read_text().splitlines():
+    groups = []
+    for line in (arguments.episodes / "metadata.jsonl").read_text().splitlines()[: arguments.walks]:
         episode = json.loads(line)
         end = arguments.context + arguments.frames
         video = torch.from_numpy(read_video(arguments.episodes / episode["file_name"])[:end])
@@ -75,9 +78,9 @@ def main() -> None:
                 f"(real {sharp_real:.4f}), brightness {light:.3f} (real {light_real:.3f})"
             )
         shown = torch.linspace(0, arguments.frames - 1, arguments.columns).long()
-        rows += [real[shown], made[shown]]
+        groups.append([real[shown], made[shown]])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows).save(arguments.output)
+    contact_sheet(groups).save(arguments.output)
 
 
 if __name__ == "__main__":
