@@ -148,6 +148,7 @@ class Run:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else processes on CPUs know nothing of each other
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
@@ -155,7 +156,8 @@ class Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
         set_seed(options.seed)
-        self.received_signal: int | None = None
+        self.received_signal: int | None = None  # that ends the run, in all processes after the same step
+        self._own_signal = 0
         self._resumed_step = self._saved_step = -1
 
     def prepare(
@@ -287,10 +289,14 @@ class Run:
             optimizer.zero_grad()
         return values
 
-    def generator(self, index: int, seed: int | None = None) -> torch.Generator:
-        """Of all draws of this process for batch `index`, on the CPU; by default with the seed of the run."""
+    def generator(self, index: int, seed: int | None = None, rank: int = 0) -> torch.Generator:
+        """Of all draws for batch `index`, on the CPU; by default with the seed of the run.
+
+        Args:
+            rank: of the process, where each has draws of its own.
+        """
         seed = self.options.seed if seed is None else seed
-        draw = np.random.default_rng((seed, index, 1 + self.accelerator.process_index, 1)).integers(2**62)
+        draw = np.random.default_rng((seed, index, 1 + rank, 1)).integers(2**62)
         return torch.Generator().manual_seed(int(draw))
 
     @contextmanager
@@ -331,15 +337,15 @@ class Run:
     def _tick(self) -> None:
         self.clock.tick()
         if self.accelerator.num_processes > 1:  # all processes agree on the time, and on stopping
-            state = torch.tensor(
-                [self.clock.seconds, self.received_signal or 0], device=self.accelerator.device
-            )
-            self.clock.seconds, stop = self.accelerator.reduce(state, "mean").tolist()
-            if stop > 0 and self.received_signal is None:
-                self.received_signal = signal.SIGTERM
+            own = torch.tensor([[self.clock.seconds, self._own_signal]], device=self.accelerator.device)
+            seconds, signals = self.accelerator.gather(own).T
+            self.clock.seconds, received = float(seconds.mean()), int(signals.max())
+        else:
+            received = self._own_signal
+        self.received_signal = received or None
 
     def _stop(self, number: int, _: Any) -> None:
-        self.received_signal = number
+        self._own_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     # --------------------------------------------------------------------------------------------------------

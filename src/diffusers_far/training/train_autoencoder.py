@@ -139,7 +139,7 @@ class AutoencoderTrainer:
         factor = self.autoencoder.spatial_compression_ratio
         grid = (inputs.shape[-2] // factor, inputs.shape[-1] // factor)
         transform = draw_transform(grid, self.options, index, accelerator.process_index)
-        decoded = self.model(inputs, run.generator(index), transform)
+        decoded = self.model(inputs, run.generator(index, rank=accelerator.process_index), transform)
         if transform is not None:
             inputs = transform(inputs, factor)
         loss, max_norm = self.loss(inputs, decoded), self.options.max_grad_norm

@@ -82,6 +82,7 @@ class FARTrainer:
             0.0 if held_out else options.condition_dropout,
             seed=1 if held_out else options.seed,
             rank=self.run.accelerator.process_index,
+            num_ranks=self.run.accelerator.num_processes,
         )
 
     def train(self) -> bool:
