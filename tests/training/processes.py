@@ -1,6 +1,7 @@
 """Several processes of a training script on one machine, joined by gloo as `torchrun` joins them."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,9 +11,7 @@ from pathlib import Path
 
 def start(command: Sequence[str], num_processes: int, folder: Path) -> list[subprocess.Popen[str]]:
     """`python COMMAND` in each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
@@ -26,6 +25,15 @@ def start(command: Sequence[str], num_processes: int, folder: Path) -> list[subp
         )
         for rank in range(num_processes)
     ]
+
+
+def free_port() -> int:
+    """Of those that the system gives to no connection by itself, as it might before a process has it."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("no free port")
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[str]:

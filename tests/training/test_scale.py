@@ -1,15 +1,18 @@
 """Training in several processes, joined by gloo, is training in one process with a larger batch."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffusers_far import FARTransformer3DModel
 from diffusers_far.training.clips import ClipBatches, LatentVideos
 from diffusers_far.training.options import FAROptions, ModelOptions, parse
 from diffusers_far.training.train_far import FARTrainer
-from tests.tiny_latents import LONG, read_log, run_options, write_latents
+from tests.tiny_latents import LONG, averaged_weights, read_log, run_options, write_latents
+from tests.tiny_models import relative_error
 from tests.training.processes import finish, start
 
 CLIPS = 6  # of a step, of all processes
@@ -89,3 +92,68 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
     last = read_log(tmp_path / "two")[-1]["step"]
     assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [f"checkpoint-{last:07d}"]
+
+
+@pytest.fixture(scope="module")
+def sharded(latents: Path, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """What two processes with FSDP2 leave, with checkpoints at steps 4 and 8."""
+    output = tmp_path_factory.mktemp("runs") / "sharded"
+    launch_sharded(command(latents, output, 2, "--save_steps", "4"), 2, repository)
+    return output
+
+
+def launch_sharded(words: list[str], num_processes: int, repository: Path) -> None:
+    processes = start(["-m", "tests.training.train_far_sharded", *words], num_processes, repository)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0] * num_processes, said
+
+
+def test_sharded_weights_learn_the_same(
+    sharded: Path, latents: Path, tmp_path: Path, one_process: list[dict[str, float]]
+) -> None:
+    assert_same_curve(read_log(sharded), one_process)
+    files = [path.name for path in (sharded / "checkpoint-0000008/sharded").iterdir()]
+    assert len(files) == 2 and not list(sharded.rglob("averaged.safetensors"))
+    assert averaged_weights(sharded).keys() == set(
+        FARTransformer3DModel.from_pretrained(sharded / "ema").state_dict()
+    )
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_sharded_checkpoint_goes_on_in_any_number_of_processes(
+    sharded: Path,
+    latents: Path,
+    tmp_path: Path,
+    repository: Path,
+    num_processes: int,
+) -> None:
+    shutil.copytree(sharded / "checkpoint-0000004", tmp_path / "checkpoint-0000004")
+    words = command(latents, tmp_path, num_processes, "--resume_from", "latest")
+    if num_processes == 1:
+        assert run(words)
+    else:
+        launch_sharded(words, num_processes, repository)
+    assert_same_curve(read_log(tmp_path), [line for line in read_log(sharded) if line["step"] > 4])
+    expected = averaged_weights(sharded)
+    for name, value in averaged_weights(tmp_path).items():
+        assert relative_error(value, expected[name]) < 1e-3, name
+
+
+def test_a_damaged_part_of_a_sharded_checkpoint_is_named(
+    sharded: Path, latents: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(sharded / "checkpoint-0000004", tmp_path / "checkpoint-0000004")
+    (part, *_) = (checkpoint / "sharded").iterdir()
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with pytest.raises(ValueError, match="checkpoint-0000004 is damaged"):
+        run(command(latents, tmp_path, 1, "--resume_from", "latest"))
+
+
+def test_weights_are_not_shared_out_in_the_middle_of_a_run(latents: Path, tmp_path: Path) -> None:
+    assert run(command(latents, tmp_path, 1, "--max_train_steps", "1"))
+    again = FARTrainer(
+        *parse(command(latents, tmp_path, 1, "--resume_from", "latest"), (ModelOptions, FAROptions), None)
+    )
+    again.run.is_sharded = True
+    with pytest.raises(ValueError, match="checkpoint-0000001 was saved without FSDP; go on without it, or"):
+        again.train()

@@ -7,6 +7,7 @@ from diffusers import AutoencoderDC
 
 from ..hub import fill_model_card
 from ..pipeline_far_video import FARVideoPipeline
+from ..transformer_far import FARTransformer3DModel
 from .make_pipeline import make_scheduler, save_pipeline
 from .options import FAROptions, ModelOptions
 from .train_far import FARTrainer
@@ -45,9 +46,9 @@ class PipelineTrainer(FARTrainer):
         super().save_weights()
         self.run.export("pipeline", self._write_pipeline)
 
-    def _write_pipeline(self, folder: Path) -> None:
+    def _write_pipeline(self, model: FARTransformer3DModel, folder: Path) -> None:
         pipeline = FARVideoPipeline(
-            self.network,
+            model,
             self.autoencoder,
             make_scheduler("Euler"),
             num_inference_steps=NUM_INFERENCE_STEPS,

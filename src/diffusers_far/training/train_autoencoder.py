@@ -83,6 +83,10 @@ class AutoencoderTrainer:
     def __init__(self, options: AutoencoderOptions) -> None:
         self.options = options
         self.run = Run("autoencoder", options)
+        if self.run.is_sharded:
+            raise ValueError(
+                "fsdp_version=2 of accelerate: an autoencoder is small, and trained without FSDP"
+            )
         accelerator, device = self.run.accelerator, self.run.accelerator.device
         cache_dir = options.cache_dir or f"{options.data.rstrip('/')}.cache"
         source = open_source(options.data, ignore_actions=True)
@@ -174,7 +178,7 @@ class AutoencoderTrainer:
     def save_weights(self) -> None:
         """Nothing: the autoencoder is written at the end, when its scaling factor is measured."""
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, _: nn.Module, folder: Path) -> None:
         autoencoder, options = self.autoencoder, self.options
         if not options.freeze_encoder:
             sample = spread(self.frames, options.num_scaling_frames)

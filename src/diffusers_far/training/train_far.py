@@ -142,7 +142,7 @@ class FARTrainer:
         return {f"memory_{name}": value for name, value in losses.items()}
 
     def save_weights(self) -> None:
-        self.run.export("ema", self.network.save_pretrained)
+        self.run.export("ema", FARTransformer3DModel.save_pretrained)
 
 
 def create_models(
