@@ -128,14 +128,14 @@ def test_a_damaged_transformer_is_refused(folder: Path, name: str) -> None:
 
 
 def test_every_option_of_the_transformer_is_needed(folder: Path) -> None:
-    """Save the one that checkpoints of earlier versions lack, and those that the call gives."""
+    """Save those that checkpoints of earlier versions lack, and those that the call gives."""
     names = [name for name in FARTransformer3DModel().config if not name.startswith("_")]
     whole = (folder / TRANSFORMER).read_text()
     for name in names:
         options(TRANSFORMER, lambda config, name=name: config.pop(name))(folder)  # type: ignore[misc]
-        if name == "use_meanflow":
+        if name in ("use_meanflow", "action_dim", "action_mean", "action_std"):
             model = FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-            assert not model.config.use_meanflow
+            assert not model.config[name]
         else:
             with pytest.raises(ValueError, match=f"has lost options: {name}$"):
                 FARTransformer3DModel.from_pretrained(folder, subfolder="transformer")

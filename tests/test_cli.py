@@ -109,6 +109,33 @@ def test_an_interruption_keeps_the_frames_so_far(
     assert len(read_video(tmp_path / "part.mp4")) == 8
 
 
+def test_continue_with_vectors(video: str, tmp_path: Path) -> None:
+    """As a text, and from a file; the last one goes on."""
+    model = transformer(action_dim=2, action_mean=[1.0, 2.0], action_std=[1.0, 1.0])
+    pipeline(model, action_names=["x", "y"], num_inference_steps=1).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "a.npy", np.array([[0.5, 2.0], [0.5, 2.0], [1.0, -3.0]]))
+    np.save(tmp_path / "wrong.npy", np.zeros((3, 3)))
+    made = []
+    for index, actions in enumerate(("x=0.5*2 y=-3", tmp_path / "a.npy", "x=0.5")):
+        output = tmp_path / f"{index}.mp4"
+        done = run(
+            "continue", video, "--checkpoint", tmp_path / "model", "--num-frames", 10, "--actions", actions,
+            "--output", output,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        made.append(read_video(output))
+    assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+    for actions, message in (
+        ("walk", "'walk' is not an action: it takes x=NUMBER+y=NUMBER"),
+        (tmp_path / "wrong.npy", "wrong.npy has shape [3, 3]; it takes [T, 2]"),
+        (tmp_path / "none.npy", "none.npy cannot be read as an .npy"),
+    ):
+        done = run("generate", "--checkpoint", tmp_path / "model", "--actions", actions)
+        assert done.exit_code == 1 and message in done.output, done.output
+    info = run("info", tmp_path / "model").output
+    assert "x=NUMBER+y=NUMBER" in info
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

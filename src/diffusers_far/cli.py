@@ -79,7 +79,9 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             help=f"Given ones included; default: {NUM_NEW_FRAMES} more than are given.",
         ),
         click.option(
-            "--actions", help='Of the new frames, such as "forward*8 left*4"; the last one goes on.'
+            "--actions",
+            help='Of the new frames, such as "forward*8 left*4", "forward+left*8" of groups of actions or '
+            '"x=0.5+y=-1*8" of vectors; or an .npy of them, [T, ...]. The last one goes on.',
         ),
         click.option("--class-labels", type=int, help="Class of the video."),
         click.option("--guidance-scale", type=float, default=1.0, show_default=True),
@@ -176,12 +178,14 @@ def make_video(
     file = None if video is None else VideoFile(video)
     schedule = ContextSchedule(max_short_frames, max_long_frames, num_sink_frames, refresh_interval or None)
     pipeline = load_pipeline(checkpoint, device, dtype, variant)
-    config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
-    if actions is not None and num_actions is None:
+    config, space = pipeline.config, pipeline.transformer.action_space
+    if actions is not None and space is None:
         raise ValueError("--actions: this model has no actions")
-    table = None
-    if actions is not None:
-        table = parse_actions(actions, config.action_names, num_actions, max(1, num_frames or NUM_NEW_FRAMES))
+    table: Any = None
+    if actions is not None and actions.endswith(".npy"):
+        table = read_actions(Path(actions), space)
+    elif actions is not None:
+        table = parse_actions(actions, config.action_names, space, max(1, num_frames or NUM_NEW_FRAMES))
     # The default schedule keeps no more frames than these, so the model needs no others.
     num_seen = config.num_training_frames if schedule == ContextSchedule() else None
     num_seen = min(num_context, num_seen or num_context)
@@ -209,7 +213,7 @@ def make_video(
         if shape is not None and shape[0] * size[1] != shape[1] * size[0]:
             click.echo("The model sees the middle of the frames, and draws there.", err=True)
         frames = pipeline.stream(
-            actions=table,
+            actions=None if table is None else (table[min(i, len(table) - 1)] for i in range(num_new)),
             num_new_frames=num_new,
             video=seen[:num_given] if num_given else None,
             height=size[0],
@@ -229,6 +233,25 @@ def make_video(
     if writer.num_frames:
         click.echo(f"{output}: {writer.num_frames} frames, {num_given} of them given")
     sys.exit(code)
+
+
+def read_actions(file: Path, space: Any) -> Any:
+    """Actions `[T, ...]` of an .npy, checked; `space` is what the model takes."""
+    import numpy as np
+    import torch
+
+    from .inputs import action_tensor
+
+    try:
+        actions = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--actions: {file} cannot be read as an .npy: {error}") from error
+    if actions.ndim < 1 or not len(actions) or actions.shape[1:] != space.shape:
+        takes = "".join(f", {side}" for side in space.shape)
+        raise ValueError(f"--actions: {file} has shape {list(actions.shape)}; it takes [T{takes}]")
+    shape = (1, len(actions))
+    checked = action_tensor(f"--actions: {file}", actions[None], space, shape, torch.device("cpu"))
+    return None if checked is None else checked[0]
 
 
 def check_output_option(output: Path) -> None:

@@ -98,6 +98,11 @@ def convert_back(folder: Path, transformer_file: Path, autoencoder_file: Path | 
         if file.exists():
             raise FileExistsError(f"{file}: exists already")
     transformer = load_component(FARTransformer3DModel, folder / "transformer")
+    space = transformer.action_space
+    if space is not None and space.shape:
+        raise ValueError(
+            f"{folder} has actions that are {space}; published models have one integer per frame"
+        )
     files = {transformer_file: published_state_dict(transformer.state_dict(), transformer.config)}
     if autoencoder_file is not None:
         files[autoencoder_file] = load_component(AutoencoderDC, folder / "vae").state_dict()

@@ -9,6 +9,7 @@ from diffusers.utils import PushToHubMixin
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
+from .inputs import describe_actions
 from .kv_cache import Slot
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -27,7 +28,7 @@ def describe_model(model: Any) -> dict[str, Any]:
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million",
         "window": f"{config.short_window} frames" if model.is_long else "all frames",
         "classes": config.num_classes,
-        "actions": config.num_actions,
+        "actions": None if model.action_space is None else str(model.action_space),
         "any-step": "yes (use_meanflow)" if config.use_meanflow else "no",
     }
     return {name: value for name, value in figures.items() if value is not None}
@@ -42,8 +43,8 @@ def describe_pipeline(pipeline: Any) -> dict[str, Any]:
     long_tokens, short_tokens = model.tokens_per_frame(*grid)
     kilobytes = 2 * config.num_layers * dim * 4 / 1024  # keys and values of a token in float32
     figures = describe_model(model)
-    if pipeline.config.action_names:
-        figures["actions"] = ", ".join(pipeline.config.action_names)
+    if pipeline.config.action_names and model.action_space is not None:
+        figures["actions"] = describe_actions(pipeline.config.action_names, model.action_space)
     vae_parameters = sum(parameter.numel() for parameter in pipeline.vae.parameters())
     figures |= {
         "autoencoder": f"{vae_parameters / 1e6:.1f} million parameters",

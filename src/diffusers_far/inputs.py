@@ -11,8 +11,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .actions import ActionSpace
 from .video_files import VideoFile, image_frames, rgb_pixels
 
+ActionNames = Sequence[Any]  # of str and {str: list[str]}; diffusers' check of types knows no such unions
 Labels = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
 MAX_ACTIONS_TEXT = 100_000  # characters
@@ -157,11 +159,41 @@ def check_number(name: str, value: Any, takes: str) -> None:
         raise ValueError(f"{name}={value!r} must be {takes}")
 
 
-def check_action_names(names: list[str] | None, transformer: Any) -> None:
-    """Raise a ValueError unless there is a name for each action of the model, or none at all."""
-    num_actions = None if transformer is None else transformer.config.num_actions
-    if names is not None and num_actions is not None and len(names) != num_actions:
-        raise ValueError(f"action_names={names} must be {num_actions}, as many as the model has actions")
+def check_action_names(names: ActionNames | None, space: ActionSpace | None) -> None:
+    """Raise a ValueError unless the names are those of the actions of a model, or none at all.
+
+    Args:
+        names: of each action; of each number of a vector; of each group, or `{name: names of its actions}`.
+        space: None for a model that is not there, or without actions, which takes any names.
+    """
+    if names is None or space is None:
+        return
+    if not space.is_grouped and not space.is_vector:
+        if len(names) != space.num_actions:
+            raise ValueError(
+                f"action_names={names} must be {space.num_actions}, as many as the model has actions"
+            )
+        return
+    if space.is_vector:
+        fits = len(names) == space.action_dim and all(isinstance(name, str) for name in names)
+        takes = f"{space.action_dim} names, one for each number of a vector"
+    else:
+        fits = len(names) == len(space.sizes) and all(
+            isinstance(name, str) or (isinstance(name, dict) and len(name) == 1) for name in names
+        )
+        sized = zip(group_names(names), space.sizes, strict=True) if fits else ()
+        fits = fits and all(values is None or len(values) == size for (_, values), size in sized)
+        takes = (
+            f"{len(space.sizes)} names of groups, or {{name: names of its actions}} of each; the model has "
+            f"{space}"
+        )
+    if not fits:
+        raise ValueError(f"action_names={names} must be {takes}")
+
+
+def group_names(names: ActionNames) -> list[tuple[str, list[str] | None]]:
+    """Name of each group of actions, and names of its actions, if they have some."""
+    return [(name, None) if isinstance(name, str) else next(iter(name.items())) for name in names]
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -244,6 +276,55 @@ def label_tensor(
     return values
 
 
+def action_tensor(
+    name: str, actions: Any, space: ActionSpace | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """Actions `[*shape, *space.shape]`, checked: integers with -1 for null, or floats with NaN for null.
+
+    Args:
+        name: the argument, for errors.
+        actions: what the user gave; a missing batch dimension is filled in.
+        space: what the model takes; None for a model without actions.
+        shape: (B,) or (B, F).
+        device: of the result.
+    """
+    if actions is None:
+        return None
+    if space is None or not space.shape:
+        return label_tensor(name, actions, None if space is None else space.sizes[0], shape, device)
+    kind = "numbers" if space.is_vector else "integers"
+    takes = f"{list(shape + space.shape)}, or {list(shape[1:] + space.shape)} for all"
+    try:
+        values = torch.as_tensor(np.asarray(actions) if not isinstance(actions, Tensor) else actions)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={actions!r} cannot be read as {kind} of shape {takes}") from error
+    if values.is_complex() or values.dtype == torch.bool or (values.is_floating_point() > space.is_vector):
+        raise ValueError(f"{name} has dtype {values.dtype}; it takes {kind}: the model has {space}")
+    given, expected = tuple(values.shape), shape + space.shape
+    if values.ndim == len(expected) - 1:
+        values = values.expand(shape[0], *values.shape)
+    if tuple(values.shape) != expected:
+        raise ValueError(f"{name} has shape {given}; it takes {takes}: the model has {space}")
+    if space.is_vector:
+        values = values.to(device=device, dtype=torch.float32)
+        missing = values.isnan()
+        if values.isinf().any() or (missing.any(-1) & ~missing.all(-1)).any():
+            raise ValueError(
+                f"{name} has vectors with infinite values, or with NaN beside numbers; a vector of NaN alone "
+                "is the null condition"
+            )
+        return values
+    values = values.to(device=device, dtype=torch.long)
+    for group, size in enumerate(space.sizes):
+        of_group = values[..., group]
+        if of_group.numel() and (int(of_group.min()) < -1 or int(of_group.max()) > size):
+            raise ValueError(
+                f"{name} has values from {int(of_group.min())} to {int(of_group.max())} in group {group}; it "
+                f"takes 0 to {size - 1}, or -1 or {size} for the null condition"
+            )
+    return values
+
+
 def num_videos(labels: Labels | None, ndim: int) -> int:
     """How many videos labels of `ndim` dimensions per video speak of; 1 if they do not say."""
     if labels is None:
@@ -255,13 +336,29 @@ def num_videos(labels: Labels | None, ndim: int) -> int:
     return shape[0] if len(shape) > ndim else 1
 
 
-def parse_actions(script: str, names: list[str] | None, num_actions: int, num_frames: int) -> list[int]:
+def describe_actions(names: ActionNames | None, space: ActionSpace) -> str:
+    """What the words of a text of actions are, for people."""
+    if space.is_vector:
+        return "+".join(f"{name}=NUMBER" for name in names or map(str, range(space.shape[0])))
+    if not space.is_grouped:
+        return ", ".join(map(str, names)) if names else f"0 to {space.sizes[0] - 1}"
+    return ", ".join(
+        f"{name}={'|'.join(values) if values else f'0 to {size - 1}'}"
+        for (name, values), size in zip(_groups(names, space), space.sizes, strict=True)
+    )
+
+
+def parse_actions(script: str, names: ActionNames | None, space: ActionSpace, num_frames: int) -> list[Any]:
     """Actions of `num_frames` frames, of a text such as "forward*8 left*4 forward".
 
+    Of groups, a word names those that have an action other than 0: "keyboard=forward+mouse=left*8", or
+    "forward+left*8" where this is no question. Of vectors, it names numbers: "x=0.5+y=-1*8"; the others are
+    the mean of the training data, or 0.
+
     Args:
-        script: names or numbers of actions, each with an optional count; the last one goes on until the end.
-        names: of the actions.
-        num_actions: that the model has.
+        script: actions by names or numbers, each with an optional count; the last one goes on until the end.
+        names: as of a pipeline's `action_names`.
+        space: what the model takes.
         num_frames: of the result.
 
     Raises:
@@ -269,19 +366,65 @@ def parse_actions(script: str, names: list[str] | None, num_actions: int, num_fr
     """
     if len(script) > MAX_ACTIONS_TEXT:
         raise ValueError(f"The actions have {len(script)} characters: at most {MAX_ACTIONS_TEXT}.")
-    actions: list[int] = []
+    actions: list[Any] = []
     for word in script.replace(",", " ").split():
         name, star, count = word.partition("*")
-        index = names.index(name) if names and name in names else _whole_number(name)
+        action = _action(name, names, space)
         repeats = _whole_number(count) if star else 1
-        if index is None or repeats is None or index >= num_actions:
-            known = ", ".join(names) if names else f"0 to {num_actions - 1}"
+        if action is None or repeats is None:
             shown = word if len(word) <= 40 else f"{word[:40]}..."
+            known = describe_actions(names, space)
             raise ValueError(f"{shown!r} is not an action: it takes {known}, each with a count such as *8.")
-        actions += [index] * min(repeats, num_frames - len(actions))
+        actions += [action] * min(repeats, num_frames - len(actions))
     if not actions:
         raise ValueError("The actions are empty: it takes words such as forward*8.")
     return actions + actions[-1:] * (num_frames - len(actions))
+
+
+def _action(word: str, names: ActionNames | None, space: ActionSpace) -> Any:
+    """The action of a word without its count; None if there is none."""
+    if not space.shape:
+        return _index(word, [str(name) for name in names or ()], space.sizes[0])
+    if space.is_vector:
+        vector = list(space.mean or (0.0,) * space.shape[0])
+        for part in word.split("+"):
+            name, _, text = part.partition("=")
+            index, number = _index(name, [str(name) for name in names or ()], len(vector)), _number(text)
+            if index is None or number is None:
+                return None
+            vector[index] = number
+        return vector
+    groups, chosen = _groups(names, space), [0] * len(space.sizes)
+    for part in word.split("+"):
+        name, equals, value = part.partition("=")
+        if equals:
+            index = _index(name, [name for name, _ in groups], len(groups))
+        else:  # the group that has an action of this name, if only one has
+            owners = [index for index, (_, values) in enumerate(groups) if values and name in values]
+            index, value = owners[0] if len(owners) == 1 else None, name
+        action = None if index is None else _index(value, groups[index][1] or [], space.sizes[index])
+        if index is None or action is None:
+            return None
+        chosen[index] = action
+    return chosen
+
+
+def _groups(names: ActionNames | None, space: ActionSpace) -> list[tuple[str, list[str] | None]]:
+    return group_names(names or [str(group) for group in range(len(space.sizes))])
+
+
+def _index(word: str, names: Sequence[str], number: int) -> int | None:
+    """Of a name or number among `number`."""
+    index = names.index(word) if word in names else _whole_number(word)
+    return index if index is not None and index < number else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _whole_number(text: str) -> int | None:

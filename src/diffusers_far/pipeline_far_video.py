@@ -26,7 +26,9 @@ from .checked_loading import (
 )
 from .context_schedule import ContextSchedule
 from .inputs import (
+    ActionNames,
     Labels,
+    action_tensor,
     check_action_names,
     check_integer,
     check_sample_size,
@@ -94,7 +96,9 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default size of videos in pixels, kept with the checkpoint: one number, or (height,
             width).
-        action_names: what each action is called, kept with the checkpoint.
+        action_names: what each action is called, kept with the checkpoint. Of a model with groups of actions:
+            of each group its name, or `{name: names of its actions}`. Of one with vectors: what each number
+            is called.
         num_training_frames: frames of the longest clip that the model was trained with, kept with the
             checkpoint; by default a context has no more. None: unknown, and a context keeps everything.
     """
@@ -110,7 +114,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         flex_rope_slope: float = 0.0,
         num_inference_steps: int = 50,
         sample_size: int | Sequence[int] | None = None,
-        action_names: list[str] | None = None,
+        action_names: ActionNames | None = None,
         num_training_frames: int | None = None,
     ) -> None:
         super().__init__()
@@ -124,7 +128,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         )
         if num_training_frames is not None:
             check_integer("num_training_frames", num_training_frames, minimum=1)
-        check_action_names(action_names, getattr(self, "transformer", None))
+        model = getattr(self, "transformer", None)
+        check_action_names(action_names, None if model is None else model.action_space)
         if getattr(self, "vae", None) is not None:
             check_scaling_factor(self.vae.config.scaling_factor)
         self.vae_scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
@@ -265,6 +270,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             num_frames: frames of the result, context included.
             class_labels: class of each video; -1 or `num_classes` is the null condition, as is None.
             actions: `[B, num_frames]` or `[num_frames]`; action t led to frame t; null as for `class_labels`.
+                `[..., G]` integers of a model with G groups of actions; `[..., A]` numbers of one with
+                vectors, where NaN is null.
             guidance_scale: 1 samples with the condition, 0 with the null condition only (the authors' -1),
                 above 1 guides: null + scale * (conditioned - null).
             num_inference_steps: denoising steps per frame; by default the checkpoint's.
@@ -487,7 +494,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Yield new frames one by one, as long as there are actions and in constant memory.
 
         Args:
-            actions: the action of each new frame, as they come: ints, `[B]` ints or None.
+            actions: the action of each new frame, as they come: each as for [`Rollout.step`].
             num_new_frames: where to stop; by default when `actions` ends, or never.
             kwargs: arguments of [`rollout`](FARVideoPipeline.rollout), checked now, not at the first frame.
         """
@@ -639,13 +646,14 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         check_size(height, width, self.frame_multiple)
         return batch_size, 0, channels, int(height) // scale, int(width) // scale
 
-    @staticmethod
     def _count_videos(
-        given: int, batch_size: int | None, class_labels: Labels | None, actions: Labels | None
+        self, given: int, batch_size: int | None, class_labels: Labels | None, actions: Labels | None
     ) -> int:
         if batch_size is not None:
             check_integer("batch_size", batch_size, minimum=1)
-        number = given or max(num_videos(class_labels, 0), num_videos(actions, 1))
+        space = self.transformer.action_space
+        ndim = 1 + (0 if space is None else len(space.shape))
+        number = given or max(num_videos(class_labels, 0), num_videos(actions, ndim))
         if batch_size is None or (not given and number == 1):
             return int(batch_size or number)
         if batch_size != number:
@@ -685,9 +693,9 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def prepare_actions(
         self, actions: Labels | None, batch_size: int, num_frames: int, name: str = "actions"
     ) -> Tensor | None:
-        """`[B, num_frames]` actions, -1 for null; None if there are none."""
-        num_actions = self.transformer.config.num_actions
-        return label_tensor(name, actions, num_actions, (batch_size, num_frames), self._execution_device)
+        """`[B, num_frames]` actions (of groups and vectors `[B, num_frames, .]`); None if there are none."""
+        shape = (batch_size, num_frames)
+        return action_tensor(name, actions, self.transformer.action_space, shape, self._execution_device)
 
     def prepare_latents(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Noise `[B, num_new_frames, C, h, w]`, checked against this shape."""

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .actions import ActionSpace
 from .attention import MeasuringAttnProcessor
 from .context_schedule import ContextFrames, ContextSchedule
 from .flow_matching import CLEAN_TIMESTEP, check_scheduler, set_timesteps
-from .inputs import check_integer, check_number, label_tensor
+from .inputs import action_tensor, check_integer, check_number
 from .kv_cache import Slot
 from .transformer_far import FARTransformer3DModel
 
@@ -49,7 +50,7 @@ def check_settings(
     check_integer("num_inference_steps", num_inference_steps, minimum=1)
     if rope_interpolation == 0:
         raise ValueError("rope_interpolation=0 must be a positive ratio; 1 changes nothing")
-    if guidance_scale != 1 and not (config.num_classes or config.num_actions):
+    if guidance_scale != 1 and not (config.num_classes or transformer.action_space):
         raise ValueError(
             f"guidance_scale={guidance_scale}: this model has no classes or actions to guide; pass 1"
         )
@@ -70,7 +71,8 @@ class Rollout:
         encode: turns what `append` is given into scaled latents `[B, T, C, h, w]`.
         decode: turns a frame's latents `[B, C, h, w]` into what `step` returns.
         context_latents: `[B, T, C, h, w]` scaled latents of the frames to continue; T may be 0.
-        context_actions: `[B, T]` actions that led to them (negative: null), or None.
+        context_actions: `[B, T]` actions that led to them (negative: null), or None; of a model with groups
+            of actions `[B, T, G]`, with vectors `[B, T, A]` (NaN: null).
         class_labels: `[B]` class of each video (negative: null), or None.
         guidance_scale: 1 samples with the condition, 0 with the null condition, anything else mixes the two.
         num_inference_steps: denoising steps per frame.
@@ -193,11 +195,12 @@ class Rollout:
         self.num_timesteps = len(self._set_timesteps())  # of a frame; some solvers take more than its steps
 
     @torch.no_grad()
-    def step(self, action: int | Sequence[int] | Tensor | None = None) -> Any:
+    def step(self, action: Any = None) -> Any:
         """Make and decode the next frame.
 
         Args:
-            action: what leads to it: an int, `[B]` ints, or None for the null condition.
+            action: what leads to it: an int, `[B]` ints, or None for the null condition. `[G]` or `[B, G]`
+                integers of a model with groups of actions, `[A]` or `[B, A]` numbers of one with vectors.
 
         Returns:
             The frame of each video in the rollout's output type.
@@ -205,8 +208,8 @@ class Rollout:
         Raises:
             ValueError: for an action that the model does not have.
         """
-        num_actions = self.transformer.config.num_actions
-        checked = label_tensor("action", action, num_actions, (self.batch_size,), self.device)
+        space = self.transformer.action_space
+        checked = action_tensor("action", action, space, (self.batch_size,), self.device)
         return self.decode(self.step_latents(checked)[:, 0])
 
     @torch.no_grad()
@@ -215,7 +218,8 @@ class Rollout:
 
         Args:
             video: frames in any form that the pipeline takes, of the size of the rollout's.
-            actions: `[B, T]` or `[T]` actions that led to them; None is the null condition.
+            actions: `[B, T]` or `[T]` actions that led to them (`[..., G]` of groups, `[..., A]` of vectors);
+                None is the null condition.
             video_latents: `[B, T, C, h, w]` scaled latents instead of `video`.
 
         Raises:
@@ -229,10 +233,9 @@ class Rollout:
         if tuple(latents.shape) != expected:
             raise ValueError(f"{name} has latents of shape {tuple(latents.shape)}; it takes {expected}")
         shape = (self.batch_size, latents.shape[1])
-        num_actions = self.transformer.config.num_actions
         self._append(
             latents.to(self.device, torch.float32),
-            label_tensor("actions", actions, num_actions, shape, self.device),
+            action_tensor("actions", actions, self.transformer.action_space, shape, self.device),
         )
 
     def rewind(self, num_frames: int) -> None:
@@ -305,7 +308,7 @@ class Rollout:
             "counts": torch.tensor(counts),
             "frames": torch.tensor(frames, dtype=torch.long),
             "latents": torch.cat([empty, *(self._latents[frame] for frame in frames)], dim=1),
-            "actions": _action_table([self._actions[frame] for frame in frames], self.batch_size),
+            "actions": self._action_table([self._actions[frame] for frame in frames]),
             "start_latents": self._start[0].clone(),
         }
         if self._start[1] is not None:
@@ -363,7 +366,7 @@ class Rollout:
         """Make the next frame.
 
         Args:
-            action: `[B]` actions, negative for null, or None.
+            action: `[B]` actions, negative for null, or None; `[B, G]` of groups, `[B, A]` of vectors.
             noise: `[B, 1, C, h, w]`; drawn from the generator by default.
             callback: called after each denoising step with its index, its timestep and the latents; returns
                 latents.
@@ -453,8 +456,8 @@ class Rollout:
         if self.cache is None or len(devices) > 1 or devices.pop().type != self.device.type:
             return None
         levels = self.scheduler.timesteps
-        labels = self._with_null(self.class_labels)
-        actions = self._with_null(self._stack_actions([action] * len(levels)))
+        labels, space = self._with_null(self.class_labels), self.transformer.action_space
+        actions = self._with_null(self._stack_actions([action] * len(levels)), space)
         timestep, timestep_r = (values.float().expand(self.num_sequences, -1) for values in (levels, ends))
         if not self.transformer.config.use_meanflow:
             timestep_r = None
@@ -503,7 +506,7 @@ class Rollout:
             hidden_states.repeat(self.num_sequences // self.batch_size, 1, 1, 1, 1),
             torch.stack(timesteps).expand(self.num_sequences, -1),
             class_labels=self._with_null(self.class_labels),
-            actions=self._with_null(self._stack_actions(actions)),
+            actions=self._with_null(self._stack_actions(actions), self.transformer.action_space),
             cache=self.cache,
             flex_rope_slope=self.flex_rope_slope,
             rope_interpolation=self.rope_interpolation,
@@ -515,31 +518,32 @@ class Rollout:
         )[0]
 
     def _stack_actions(self, actions: list[Tensor | None]) -> Tensor | None:
-        if self.transformer.config.num_actions is None:
+        if self.transformer.action_space is None:
             return None
-        return _action_table(actions, self.batch_size).to(self.device)
+        return self._action_table(actions).to(self.device)
 
-    def _with_null(self, labels: Tensor | None) -> Tensor | None:
-        """Labels of all sequences: the null condition first where guidance needs both."""
+    def _action_table(self, actions: list[Tensor | None]) -> Tensor:
+        """`[B, F, ...]` of the actions `[B, ...]` of F frames, null where there is none."""
+        space = self.transformer.action_space or ActionSpace(1)
+        if not actions:
+            return space.null((self.batch_size, 0))
+        device = next((action.device for action in actions if action is not None), None)
+        null = space.null((self.batch_size,), device)
+        return torch.stack([null if action is None else action for action in actions], dim=1)
+
+    def _with_null(self, labels: Tensor | None, space: ActionSpace | None = None) -> Tensor | None:
+        """Labels, or actions of `space`, of all sequences: the null ones first where guidance needs both."""
         if labels is None or (self.guidance_scale == 0 and not self.do_classifier_free_guidance):
             return None
-        return (
-            torch.cat([torch.full_like(labels, -1), labels]) if self.do_classifier_free_guidance else labels
-        )
+        if not self.do_classifier_free_guidance:
+            return labels
+        null = torch.full_like(labels, -1 if space is None else space.null_value)
+        return torch.cat([null, labels])
 
     def _generators(self) -> list[torch.Generator]:
         if self.generator is None:
             return []
         return self.generator if isinstance(self.generator, list) else [self.generator]
-
-
-def _action_table(actions: list[Tensor | None], batch_size: int) -> Tensor:
-    """`[B, F]` of the actions `[B]` of F frames, -1 for null."""
-    if not actions:
-        return torch.zeros(batch_size, 0, dtype=torch.long)
-    device = next((action.device for action in actions if action is not None), None)
-    null = torch.full((batch_size,), -1, device=device)
-    return torch.stack([null if action is None else action for action in actions], dim=1)
 
 
 def _copy_generator(generator: torch.Generator) -> torch.Generator:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .actions import ActionSpace
+
 Streams = list[Tensor]  # the short-term stream alone, or the long-term one before it
 
 
@@ -79,14 +81,14 @@ def check_inputs(
 ) -> None:
     """Raise a ValueError for a forward whose shapes do not fit each other or the model's `config`."""
     shape, channels = tuple(hidden_states.shape), config.in_channels
-    multiple = config.long_patch_size or config.patch_size
+    multiple, space = config.long_patch_size or config.patch_size, ActionSpace.of(config)
     if len(shape) != 5 or shape[2] != channels or shape[3] % multiple or shape[4] % multiple:
         takes = f"[B, F, {channels}, H, W] with H and W multiples of {multiple}"
         raise ValueError(f"hidden_states has shape {shape}; it takes {takes}")
     for name, tensor, expected in (
         ("timestep", timestep, shape[:2]),
         ("class_labels", class_labels, shape[:1]),
-        ("actions", actions, shape[:2]),
+        ("actions", actions, shape[:2] + (() if space is None else space.shape)),
         ("timestep_r", timestep_r, shape[:2]),
         ("frame_positions", frame_positions, shape[1:2]),
     ):
@@ -94,8 +96,11 @@ def check_inputs(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it takes {expected}")
     if class_labels is not None and not config.num_classes:
         raise ValueError("class_labels given to a model without classes (num_classes=None)")
-    if actions is not None and not config.num_actions:
-        raise ValueError("actions given to a model without actions (num_actions=None)")
+    if actions is not None and space is None:
+        raise ValueError("actions given to a model without actions (num_actions=None, action_dim=None)")
+    if actions is not None and space is not None and actions.is_floating_point() != space.is_vector:
+        takes = "floats" if space.is_vector else "integers"
+        raise ValueError(f"actions has dtype {actions.dtype}; a model of {space} actions takes {takes}")
     if timestep_r is not None and not config.use_meanflow:
         raise ValueError("timestep_r given to a model of velocities at an instant (use_meanflow=False)")
     if modulation is not None and (num_long_frames or tuple(modulation[-1].shape[:2]) != shape[:2]):

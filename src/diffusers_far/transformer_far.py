@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .actions import ActionSpace, check_actions
 from .attention import FARAttention, attention_mask, check_backend
 from .checked_loading import check_complete, check_names, check_options, check_weights
 from .hook_registry import RefusesCaching, refuse_caching
@@ -81,7 +82,7 @@ class FARAdaLayerNormOut(nn.Module):
 
 
 # Options that checkpoints of earlier versions lack; their defaults are what these models were made with.
-_LATER_OPTIONS = ("use_meanflow",)
+LATER_OPTIONS = ("use_meanflow", "action_dim", "action_mean", "action_std")
 
 AdaLayerNorms = FARAdaLayerNorm | FARAdaLayerNormOut
 
@@ -158,10 +159,14 @@ class FARTransformer3DModel(
         num_layers, num_attention_heads, attention_head_dim: size; D is heads times head channels.
         axes_dims_rope: channels of a head given to frame, row and column; they sum to `attention_head_dim`.
         num_classes: classes of a class-conditional model (one label per video).
-        num_actions: actions of an action-conditional model (one action per frame, the one that led to it).
+        num_actions: actions of an action-conditional model (one action per frame, the one that led to it); or
+            the sizes of groups that each have an action per frame, such as a keyboard and a mouse.
         short_window: short-term frames of a Long model, the frame being denoised included.
         use_meanflow: predict the mean velocity from `timestep` down to `timestep_r` (arXiv 2505.13447), so
             that few denoising steps do for many.
+        action_dim: numbers of a continuous action (one vector per frame), in place of `num_actions`.
+        action_mean, action_std: of these numbers in the training data; the model normalises by them what it
+            is given. None: it takes them as they are.
     """
 
     _supports_gradient_checkpointing = True
@@ -183,20 +188,24 @@ class FARTransformer3DModel(
         attention_head_dim: int = 64,
         axes_dims_rope: tuple[int, int, int] = (16, 24, 24),
         num_classes: int | None = None,
-        num_actions: int | None = None,
+        num_actions: int | Sequence[int] | None = None,
         short_window: int = 16,
         use_meanflow: bool = False,
+        action_dim: int | None = None,
+        action_mean: Sequence[float] | None = None,
+        action_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(axis % 2 for axis in axes_dims_rope):
             raise ValueError(f"{axes_dims_rope=} must be even numbers that sum to {attention_head_dim=}")
-        counts = [patch_size, long_patch_size, num_layers, num_classes, num_actions, short_window]
-        names = ["patch_size", "long_patch_size", "num_layers", "num_classes", "num_actions", "short_window"]
+        counts = [patch_size, long_patch_size, num_layers, num_classes, short_window]
+        names = ["patch_size", "long_patch_size", "num_layers", "num_classes", "short_window"]
         for name, count in zip(names, counts, strict=True):
             if count is not None and count < 1:
                 raise ValueError(f"{name}={count} must be at least 1")
         if long_patch_size is not None and long_patch_size % patch_size:
             raise ValueError(f"{long_patch_size=} must be a multiple of {patch_size=}")
+        check_actions(num_actions, action_dim, action_mean, action_std)
         dim = num_attention_heads * attention_head_dim
         is_long = long_patch_size is not None
         self.out_channels = out_channels or in_channels
@@ -208,7 +217,11 @@ class FARTransformer3DModel(
             TimestepEmbedding(in_channels=256, time_embed_dim=dim) if use_meanflow else None
         )
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.action_embedder = nn.Embedding(num_actions + 1, dim) if num_actions else None
+        self.action_embedder: nn.Module | None = None
+        if action_dim:
+            self.action_embedder = TimestepEmbedding(in_channels=action_dim + 1, time_embed_dim=dim)
+        elif (actions := self.action_space) is not None:
+            self.action_embedder = nn.Embedding(sum(actions.sizes) + len(actions.sizes), dim)
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
         last_block = FARTransformerLastBlock if is_long else FARTransformerBlock
         self.transformer_blocks = nn.ModuleList(
@@ -262,7 +275,10 @@ class FARTransformer3DModel(
         source = f"the configuration of {cls.__name__}"
         check_options([cls], config_dict, source)
         if "_class_name" in config_dict:  # it was saved, with all options that there were then
-            check_complete(cls, {*config_dict, *kwargs}, _LATER_OPTIONS, source)
+            optional = set(LATER_OPTIONS)
+            if config_dict.get("action_dim"):  # then its mean and deviation were saved, too
+                optional -= {"action_mean", "action_std"}
+            check_complete(cls, {*config_dict, *kwargs}, optional, source)
         return super().extract_init_dict(config_dict, **kwargs)
 
     def set_attention_backend(self, backend: str) -> None:
@@ -292,6 +308,11 @@ class FARTransformer3DModel(
     def short_window(self) -> int | None:
         """Short-term frames of a Long model, the denoised one included; None for a base model."""
         return self.config.short_window if self.is_long else None
+
+    @property
+    def action_space(self) -> ActionSpace | None:
+        """What its actions are; None for a model without them."""
+        return ActionSpace.of(self.config)
 
     def tokens_per_frame(self, height: int, width: int) -> tuple[int, int]:
         """Tokens of a (long-term, short-term) frame of `height` x `width` latent pixels."""
@@ -330,7 +351,8 @@ class FARTransformer3DModel(
             hidden_states: `[B, F, C, H, W]` latents, oldest frame first.
             timestep: `[B, F]` noise levels in [0, 1000], -1 for a clean frame.
             class_labels: `[B]` classes; negative or `num_classes` is the null condition, as is None.
-            actions: `[B, F]` actions, the one that led to each frame; null as for `class_labels`.
+            actions: `[B, F]` actions, the one that led to each frame; null as for `class_labels`. `[B, F, G]`
+                of a model with G groups, `[B, F, A]` floats of one with `action_dim`, where NaN is null.
             timestep_r: `[B, F]` levels at which the step that is taken ends, for a model with
                 `use_meanflow`; by default `timestep`, which gives the velocity of this instant.
             modulation: from [`modulation`](FARTransformer3DModel.modulation), in place of levels and labels.
@@ -448,7 +470,7 @@ class FARTransformer3DModel(
         if self.class_embedder is not None:
             embedded = embedded + self._embed_labels(self.class_embedder, class_labels, embedded[:, :1])
         if self.action_embedder is not None:
-            embedded = embedded + self._embed_labels(self.action_embedder, actions, embedded)
+            embedded = embedded + self._embed_actions(actions, embedded)
         return nn.functional.silu(embedded)
 
     def _project_time(self, timestep: Tensor) -> Tensor:
@@ -462,3 +484,13 @@ class FARTransformer3DModel(
             labels = torch.full(like.shape[:2], null, device=like.device)
         labels = labels.reshape(like.shape[:2])
         return embedder(torch.where(labels < 0, null, labels))
+
+    def _embed_actions(self, actions: Tensor | None, like: Tensor) -> Tensor:
+        space = self.action_space
+        assert space is not None and self.action_embedder is not None
+        if actions is None:
+            actions = space.null(like.shape[:2], like.device)
+        if space.is_vector:
+            return self.action_embedder(space.features(actions).to(self.dtype))
+        embedded = self.action_embedder(space.rows(actions))
+        return embedded.sum(dim=2) if space.is_grouped else embedded

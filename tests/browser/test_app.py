@@ -419,3 +419,32 @@ def test_a_model_of_other_actions(browser: Browser, repository: Path, names: lis
     assert not page.inner_text(".far-error")
     page.close(run_before_unload=True)
     app.close()
+
+
+@pytest.mark.parametrize("kind", ["groups", "vector"])
+def test_a_model_of_groups_and_one_of_vectors(browser: Browser, kind: str) -> None:
+    config = {"num_actions": [3, 2]} if kind == "groups" else {"action_dim": 2}
+    names = [{"keyboard": ["none", "walk", "jump"]}, "mouse"] if kind == "groups" else ["x", "y"]
+    pipe = pipeline(transformer(**config), num_inference_steps=1, action_names=names)
+    visitors = Visitors()
+    app = build_app(pipe, None, Players(), visitors)
+    sent = []
+    try:
+        page = browser.new_page()
+        page.on("request", lambda request: sent.append(request.post_data or ""))
+        page.goto(serve_app(app, visitors, quiet=True))
+        wait_for_frame(page, -1)
+        expect(page.locator(".far-keys")).to_contain_text("stays until you change it")
+        if kind == "groups":
+            page.click(".far-pad button:text-is('jump')")
+            page.click(".far-pad button:text-is('1')")
+        else:
+            page.locator(".far-pad input").nth(1).fill("-1.5")
+        wait_for_frame(page, 2)
+        page.click(".far-run")
+        steps = [json.loads(data) for data in sent if '"step"' in data]
+        assert steps[-1]["data"]["action"] == ([2, 1] if kind == "groups" else [0, -1.5])
+        expect(page.get_by_role("alert")).to_have_text("")
+        page.close()
+    finally:
+        app.close()

@@ -11,7 +11,8 @@ from fastapi import HTTPException
 from PIL import Image
 
 from diffusers_far import FARVideoPipeline
-from diffusers_far.browser import play
+from diffusers_far.actions import ActionSpace
+from diffusers_far.browser import forms, play
 from diffusers_far.browser.app import frame_size
 from diffusers_far.browser.play import PlayServer, answering
 from diffusers_far.browser.players import Players
@@ -187,9 +188,18 @@ def test_a_model_of_another_size(tmp_path: Path, long: bool) -> None:
     starts = cut_starts(read_episodes(folder), num_starts=1)
     size = frame_size(pipe, starts)
     assert size == (64, 96)
-    starts = fit_starts(starts, size, 4)
+    starts = fit_starts(starts, size, ActionSpace(4))
     assert starts[0].frames.shape == (8, 64, 96, 3) and starts[0].actions is None
-    assert fit_starts(cut_starts(read_episodes(folder)), size, 6)[0].actions == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert fit_starts(cut_starts(read_episodes(folder)), size, ActionSpace(6))[0].actions == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        5,
+    ]
     server = PlayServer(pipe, Players(), starts, size)
     for message, number in (({"start": 0}, 8), ({"start": None}, 0), ({"image": image_url(30, 20)}, 1)):
         answering(server.start)({"player": PLAYER, "settings": SETTINGS} | message)
@@ -199,3 +209,62 @@ def test_a_model_of_another_size(tmp_path: Path, long: bool) -> None:
         assert Image.open(io.BytesIO(content)).size == (96, 64)
         assert server.save({"player": PLAYER})["video"]
     assert frame_size(pipe, []) == (64, 64)
+
+
+NAMED = {
+    "groups": [{"keyboard": ["none", "walk", "jump"]}, {"mouse": ["none", "left"]}],
+    "vector": ["x", "y"],
+}
+SPACES = {
+    "groups": {"num_actions": [3, 2]},
+    "vector": {"action_dim": 2, "action_mean": [5.0, 0.0], "action_std": [2.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "action", "others", "wrong"),
+    [
+        ("groups", [2, 1], [[0, 1], [2, -1]], [1, [1], [3, 0], [0, 0.5], [True, 0], "ab"]),
+        (
+            "vector",
+            [4.5, -1],
+            [[5, 0], [4.5, 1]],
+            [1.0, [1.0], [1.0, None], [1.0, 1e300], [1.0, float("nan")]],
+        ),
+    ],
+)
+def test_games_of_groups_and_vectors(kind: str, action: Any, others: list[Any], wrong: list[Any]) -> None:
+    pipe = pipeline(transformer(**SPACES[kind]), action_names=NAMED[kind])
+    starts = [Start(START.frames, [action] * 6), START]
+    starts = fit_starts(starts, (64, 64), pipe.transformer.action_space)
+    assert starts[0].actions == [action] * 6 and starts[1].actions is None
+    server = PlayServer(pipe, Players(), starts)
+    options = server.options({"player": PLAYER})
+    assert options["guidance"] and options["actions"] is None and options["num_actions"] is None
+    if kind == "groups":
+        assert options["groups"] == [
+            {"name": "keyboard", "actions": ["none", "walk", "jump"]},
+            {"name": "mouse", "actions": ["none", "left"]},
+        ]
+    else:
+        assert options["numbers"][0] == {"name": "x", "value": 5.0, "least": -1.0, "most": 11.0}
+    images = []
+    for choice in (action, *others, None):
+        begin(server)
+        images.append(server.step({"player": PLAYER, "action": choice, "settings": SETTINGS})["image"])
+    assert len(set(images)) == len(images)
+    for choice in wrong:
+        with pytest.raises(HTTPException, match="action"):
+            answering(server.step)({"player": PLAYER, "action": choice, "settings": SETTINGS})
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_texts_of_groups_and_vectors_in_the_other_tabs(kind: str) -> None:
+    for names in (NAMED[kind], None):
+        pipe = pipeline(transformer(**SPACES[kind]), action_names=names)
+        table = forms.action_table(pipe, forms.example_actions(pipe, 2, 1), 4)
+        expected = [[2, 0], [2, 0], [0, 0], [0, 0]] if kind == "groups" else [[5.0, 0.0]] * 4
+        assert table == expected
+        with pytest.raises(ValueError, match="is not an action"):
+            forms.action_table(pipe, "fly", 4)
+    assert forms.known_actions(pipeline(transformer())) == ""

@@ -22,6 +22,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from diffusers_far.actions import ActionSpace
 from diffusers_far.browser.app import build_app, serve
 from diffusers_far.browser.forms import check_work, number, whole_number
 from diffusers_far.browser.players import Players, VisitorError
@@ -133,15 +134,15 @@ def test_a_list_of_files_is_no_video(tmp_path: Path) -> None:
 
 def test_actions_are_not_expanded_beyond_the_frames() -> None:
     with pytest.raises(ValueError, match="have 12000000 characters"):
-        parse_actions("0*200 " * 2_000_000, None, 2, 200)
+        parse_actions("0*200 " * 2_000_000, None, ActionSpace(2), 200)
     tracemalloc.start()
-    actions = parse_actions("0*999999999 1*" + "9" * 18 + " 0*200" * 1000, None, 2, 200)
+    actions = parse_actions("0*999999999 1*" + "9" * 18 + " 0*200" * 1000, None, ActionSpace(2), 200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert actions == [0] * 200 and peak < 2**20
     for text in ("9" * 10_000, "1*" + "9" * 10_000):
         with pytest.raises(ValueError, match="not an action") as refused:
-            parse_actions(text, None, 2, 200)
+            parse_actions(text, None, ActionSpace(2), 200)
         assert len(str(refused.value)) < 200
 
 

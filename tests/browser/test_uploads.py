@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_far.actions import ActionSpace
 from diffusers_far.browser import uploads
 from diffusers_far.browser.uploads import read_upload
 from diffusers_far.inputs import parse_actions
@@ -82,7 +83,7 @@ def test_a_truncated_video(tmp_path: Path) -> None:
     ],
 )
 def test_scripts(script: str, expected: list[int]) -> None:
-    assert parse_actions(script, NAMES, 4, 5) == expected
+    assert parse_actions(script, NAMES, ActionSpace(4), 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,10 +91,10 @@ def test_scripts(script: str, expected: list[int]) -> None:
 )
 def test_bad_scripts(script: str) -> None:
     with pytest.raises(ValueError, match=r"not an action|are empty"):
-        parse_actions(script, NAMES, 4, 5)
+        parse_actions(script, NAMES, ActionSpace(4), 5)
 
 
 def test_actions_without_names() -> None:
-    assert parse_actions("1*2 0", None, 2, 3) == [1, 1, 0]
+    assert parse_actions("1*2 0", None, ActionSpace(2), 3) == [1, 1, 0]
     with pytest.raises(ValueError, match="it takes 0 to 1"):
-        parse_actions("forward", None, 2, 3)
+        parse_actions("forward", None, ActionSpace(2), 3)

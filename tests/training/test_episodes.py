@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusers_far import read_video
-from diffusers_far.training.episodes import ArrayVideo, EmbeddedVideo, Episode, RecordedVideo, fit
+from diffusers_far.training.episodes import Actions, ArrayVideo, EmbeddedVideo, Episode, RecordedVideo, fit
 from diffusers_far.training.options import FrameOptions
 from tests.video_writing import numbered_frames, numbers, write_video
 
@@ -147,7 +147,11 @@ def test_resolution(tmp_path: Path) -> None:
 def test_what_does_not_fit_the_frames_is_named(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", numbered_frames(4))
     with pytest.raises(ValueError, match=r"a\.mp4: 4 frames, but 3 actions"):
-        list(episode(tmp_path / "a.mp4", read_actions=lambda: (1, 2, 3)).frames(FrameOptions(stride=4)))
+        list(
+            episode(tmp_path / "a.mp4", read_actions=lambda: Actions((1, 2, 3))).frames(
+                FrameOptions(stride=4)
+            )
+        )
     with pytest.raises(ValueError, match=r"a\.mp4: 4 frames, but 5 revisits"):
         list(episode(tmp_path / "a.mp4", revisits=(0,) * 5).frames())
     np.savez(tmp_path / "b.npz", video=numbered_frames(2))

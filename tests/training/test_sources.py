@@ -284,8 +284,16 @@ def test_videos_with_an_npz_of_actions_of_the_same_stem(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (
-            {"actions": np.zeros((4, 7), np.float32)},
-            r"a\.npz: actions are float32 \[4, 7\]; a model takes one",
+            {"actions": np.zeros((4, 7, 1), np.float32)},
+            r"a\.npz: actions are float32 \[4, 7, 1\]; it takes integers \[T\], integers of groups \[T, G\]",
+        ),
+        ({"actions": np.zeros(4)}, r"a\.npz: actions are float64 \[4\]; it takes integers"),
+        ({"actions": np.full((4, 2), np.inf)}, r"a\.npz: actions have vectors with infinite values"),
+        ({"actions": np.full((4, 2), -2)}, r"a\.npz: actions have -2; it takes integers of at least -1"),
+        ({"actions": np.array(["a"] * 4)}, r"a\.npz: actions are <U1 \[4\]"),
+        (
+            {"action_keys": np.zeros(4, int), "action_mouse": np.zeros(3, int)},
+            r"a\.npz has action_keys, action_mouse that are not equally long",
         ),
         ({"keys": np.zeros(4)}, r"a\.npz has no actions; it has keys"),
     ],
@@ -297,6 +305,76 @@ def test_actions_that_do_not_fit_are_named(tmp_path: Path, content: dict, messag
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path).describe()
     assert "no actions" in open_source(tmp_path, ignore_actions=True).describe()
+
+
+def test_minecraft_with_groups_of_keys(tmp_path: Path) -> None:
+    keyboard, mouse = np.array([0, 2, 1, 0]), np.array([1, 1, 0, -1], np.int8)
+    for number, content in enumerate(({"action_mouse": mouse, "action_keyboard": keyboard},) * 3):
+        write_video(tmp_path / f"{number}.mp4", numbered_frames(4))
+        np.savez(tmp_path / f"{number}.npz", reward=np.zeros(4), **content)
+    source = open_source(tmp_path)
+    for episode in source.split("train"):
+        assert episode.actions == ((0, 1), (2, 1), (1, 0), (0, -1))
+        assert episode.action_names == ("keyboard", "mouse")
+    assert "with actions (2 groups: keyboard, mouse)" in source.describe()
+
+
+@pytest.mark.parametrize("form", ["mp4 and npz", "npz", "images and npy", "jsonl", "csv", "parquet"])
+def test_vectors_of_each_kind_of_files(tmp_path: Path, form: str) -> None:
+    """BAIR's and others': four numbers for each frame; of the first one nothing is known."""
+    vectors = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    vectors[0] = np.nan
+    for number in range(3):
+        place = tmp_path / str(number)
+        if form == "npz":
+            np.savez(place.with_suffix(".npz"), video=numbered_frames(4), actions=vectors)
+        elif form == "images and npy":
+            place.mkdir()
+            for index, frame in enumerate(numbered_frames(4)):
+                Image.fromarray(frame).save(place / f"{index}.png")
+            np.save(place / "actions.npy", vectors)
+        else:
+            write_video(place.with_suffix(".mp4"), numbered_frames(4))
+        if form == "mp4 and npz":
+            np.savez(place.with_suffix(".npz"), actions=vectors)
+    rows = [{"file_name": f"{number}.mp4", "actions": vectors.tolist()} for number in range(3)]
+    if form == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "csv":
+        lines = [f'{row["file_name"]},"{json.dumps(row["actions"])}"\n' for row in rows]
+        (tmp_path / "metadata.csv").write_text("".join(["file_name,actions\n", *lines]))
+    elif form == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    source = open_source(tmp_path)
+    found = [episode.actions for episode in source.split("train")]
+    assert len(found) == 1 and np.array_equal(np.array(found[0], np.float32), vectors, equal_nan=True)
+    assert "with actions (vectors of 4 numbers)" in source.describe()
+    assert list(shown(source, "train").values()) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([[0.5, 1], [0.5]], "a.mp4 has actions that are not equally long"),
+        ({"keys": [0, 1], "mouse": [0]}, "a.mp4 has actions that are not equally long"),
+        (
+            {"keys": [0.5, 1.0], "mouse": [0, 0]},
+            r"a.mp4 has actions of integers and of floats \(keys, mouse\)",
+        ),
+        ([["up"], ["down"]], "a.mp4 has actions are <U4"),
+    ],
+    ids=str,
+)
+def test_nested_actions_that_do_not_fit_are_named(tmp_path: Path, actions: Any, message: str) -> None:
+    data = touch(tmp_path, "a.mp4", rows=[{"file_name": "a.mp4", "actions": actions}])
+    with pytest.raises(ValueError, match=message):
+        open_source(data)
+
+
+def test_groups_in_metadata(tmp_path: Path) -> None:
+    actions = {"mouse": [0, 1, 2], "keys": [1, 1, -1]}
+    episode = episodes(touch(tmp_path, "a.mp4", rows=[{"file_name": "a.mp4", "actions": actions}]))["a"]
+    assert episode.actions == ((1, 0), (1, 1), (-1, 2)) and episode.action_names == ("keys", "mouse")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -524,7 +602,8 @@ def test_lerobot_with_one_integer_as_action(tmp_path: Path) -> None:
         "episode-000002": [9, 10, 11, 12, 13, 14],
     }
     found = known(source) | known(source, "validation")
-    assert found == {name: (tuple(numbers), None) for name, numbers in frames.items()}
+    # An action of LeRobot follows its frame; ours leads to it.
+    assert found == {name: ((-1, *numbers[:-1]), None) for name, numbers in frames.items()}
     first = source.describe().splitlines()[0]
     assert (
         "LeRobot v3.0, 3 episodes of the camera observation.images.top (of observation.images.top, obs"
@@ -534,13 +613,25 @@ def test_lerobot_with_one_integer_as_action(tmp_path: Path) -> None:
     assert len({episode.video.digest().hexdigest() for episode in everything}) == 3
 
 
-def test_lerobot_with_continuous_actions(tmp_path: Path) -> None:
-    action = {"dtype": "float32", "shape": [6], "names": ["a", "b", "c", "d", "e", "f"]}
-    folder = lerobot(tmp_path, action, [[0.5] * 6] * 15)
-    with pytest.raises(ValueError, match=r"its feature 'action' is float32 \[6\]; .*--ignore-actions"):
-        open_source(folder)
+@pytest.mark.parametrize("names", [["x", "y"], {"motors": ["x"], "gripper": ["y"]}, ["x"], None])
+def test_lerobot_with_continuous_actions(tmp_path: Path, names: Any) -> None:
+    action = {"dtype": "float32", "shape": [2], "names": names}
+    folder = lerobot(tmp_path, action, [[0.5, -number] for number in range(15)])
+    source = open_source(folder)
+    found = {episode.name: episode for episode in [*source.split("train"), *source.split("validation")]}
+    actions = np.array(found["episode-000001"].actions)
+    assert np.isnan(actions[0]).all()
+    assert actions[1:].tolist() == [[0.5, -4], [0.5, -5], [0.5, -6], [0.5, -7]]
+    fits = names not in (["x"], None)
+    assert found["episode-000001"].action_names == (("x", "y") if fits else ())
+    assert f"actions (vectors of 2 numbers{': x, y' if fits else ''})" in source.describe()
     source = open_source(folder, ignore_actions=True)
     assert known(source, "validation").popitem()[1] == (None, None)
+
+
+def test_lerobot_of_another_version(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, {"dtype": "float32", "shape": [1]}, [[0.5]] * 15)
+    assert open_source(folder).split("train").listed[0].actions[1] == (0.5,)
     info = json.loads((folder / "meta/info.json").read_text())
     (folder / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match=r"is a LeRobot data set of version v2\.1; it takes v3"):

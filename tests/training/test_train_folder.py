@@ -22,12 +22,15 @@ from diffusers_far.training.options import FAROptions, FrameOptions
 from diffusers_far.training.sources import open_source
 from diffusers_far.training.train_folder import (
     Cost,
+    Plan,
     TrainOptions,
     choose_sizes,
     clip_frames,
     count_parameters,
     find_batch,
     measure_cost,
+    read_plan,
+    write_plan,
 )
 from tests.tiny_models import autoencoder
 from tests.video_writing import numbered_frames, write_video
@@ -157,8 +160,17 @@ def test_a_new_autoencoder_is_trained_and_measured(videos: Path, tmp_path: Path)
     assert "autoencoder: training a new one for 2 steps" in done.stdout
     assert "autoencoder: the new one has " in done.stdout
     plan = json.loads((tmp_path / "run/plan.json").read_text())
-    assert plan["autoencoder"] == str(tmp_path / "run/autoencoder/autoencoder") and plan["batch_size"] == 2
+    assert plan["autoencoder"] == "autoencoder/autoencoder" and plan["batch_size"] == 2
     assert not (tmp_path / "run/frames").exists()
+
+    moved = tmp_path / "elsewhere/moved"
+    moved.parent.mkdir()
+    (tmp_path / "run").rename(moved)
+    more = ("--autoencoder", "new", "--max-train-steps", "2", "--resume-from", "latest")
+    done = run(videos, moved, *more, "--validation-steps", "0", "--stride", "2")
+    assert done.returncode == 0, done.stderr
+    assert "step=2 " in done.stdout and "step=1 " not in done.stdout and "training a new" not in done.stdout
+    assert (moved / "pipeline/vae/config.json").is_file() and not (tmp_path / "run").exists()
 
 
 def test_a_bar_on_a_terminal(videos: Path, tiny_autoencoder: Path, tmp_path: Path) -> None:
@@ -256,6 +268,29 @@ def test_the_batch_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_batch(Cost(1e3, 1.0), 1_000_000, 5) == 4  # no more clips than there are
     with pytest.raises(ValueError, match=r"a batch of one clip takes 0\.6 GB of memory; 1\.0 GB are free"):
         find_batch(Cost(600e6, 1.0), 1_000_000, 1000)
+
+
+def test_the_plan_finds_its_autoencoder_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("run/own", "other", "moved"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def kept(autoencoder: str, output: str = "run") -> tuple[str, str]:
+        plan = Plan(autoencoder, {"num_layers": 1}, 4, 2)
+        write_plan(Path("run"), plan)
+        (Path("run") / "plan.json").rename(Path(output) / "plan.json.moved")
+        (Path(output) / "plan.json.moved").rename(Path(output) / "plan.json")
+        written = json.loads((Path(output) / "plan.json").read_text())["autoencoder"]
+        read = read_plan(Path(output))
+        assert read is not None and (read.sizes, read.num_frames) == ({"num_layers": 1}, 4)
+        return written, read.autoencoder
+
+    assert kept("run/own") == kept(str(tmp_path / "run/own")) == ("own", "run/own")
+    assert kept("other") == ("other", "other")  # as given
+    assert kept(str(tmp_path / "other")) == (str(tmp_path / "other"), str(tmp_path / "other"))
+    (tmp_path / "moved/own").mkdir()
+    assert kept("run/own", "moved") == ("own", "moved/own")
+    assert read_plan(tmp_path / "other") is None
 
 
 def test_memory_is_measured_as_it_is_used() -> None:

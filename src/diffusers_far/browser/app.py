@@ -77,7 +77,7 @@ def build_app(
     players, visitors = players or Players(), visitors or Visitors()
     starts = cut_starts(read_episodes(episodes)) if episodes is not None else []
     size = frame_size(pipeline, starts)
-    starts = fit_starts(starts, size, pipeline.transformer.config.num_actions)
+    starts = fit_starts(starts, size, pipeline.transformer.action_space)
     with gr.Blocks(title=TITLE, delete_cache=CLEANING) as app:
         gr.Markdown(
             f"## {TITLE}\nThis model knows only {world or 'what it was trained with'}. To load another: "

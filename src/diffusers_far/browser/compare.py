@@ -49,7 +49,6 @@ def compare_tab(
     size: tuple[int, int],
 ) -> None:
     """Components and events of the tab."""
-    config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
     is_long = pipeline.transformer.is_long
     with gr.Row():
         start = gr.Dropdown(
@@ -59,10 +58,10 @@ def compare_tab(
             info="The frames that all four videos begin with.",
         )
         actions = gr.Textbox(
-            value=example_actions(config.action_names, 16, 6),
+            value=example_actions(pipeline, 16, 6),
             label="Actions; the last one goes on",
             info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
-            visible=num_actions is not None,
+            visible=pipeline.transformer.action_space is not None,
         )
         num_new = new_frames_field("compare-new")
     with gr.Row():

@@ -35,7 +35,7 @@ def continue_tab(
     pipeline: FARVideoPipeline, players: Players, visitors: Visitors, size: tuple[int, int]
 ) -> None:
     """Components and events of the tab."""
-    config, num_actions = pipeline.config, pipeline.transformer.config.num_actions
+    config = pipeline.config
     with gr.Row():
         with gr.Column():
             file = gr.File(
@@ -59,10 +59,10 @@ def continue_tab(
             )
             num_new = new_frames_field("continue-new")
             actions = gr.Textbox(
-                value=example_actions(config.action_names, 8, 4),
+                value=example_actions(pipeline, 8, 4),
                 label="Actions of the new frames; the last one goes on",
                 info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
-                visible=num_actions is not None,
+                visible=pipeline.transformer.action_space is not None,
             )
             steps, slope, seed = sampling_fields(pipeline, config.flex_rope_slope)
             button = gr.Button("Continue", variant="primary", elem_id="continue-run")

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..inputs import parse_actions
+from ..inputs import describe_actions, group_names, parse_actions
 from ..pipeline_far_video import FARVideoPipeline
 from .pictures import FRAMES_PER_SECOND
 from .players import GameSettings, VisitorError
@@ -127,19 +127,26 @@ def game_settings(pipeline: FARVideoPipeline, steps: Any, slope: Any) -> GameSet
 
 
 def known_actions(pipeline: FARVideoPipeline) -> str:
-    """The actions of a model, by name or number."""
-    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
-    return ", ".join(names) if names else f"0 to {(num_actions or 1) - 1}"
+    """What a text of actions is made of; empty for a model without actions."""
+    space = pipeline.transformer.action_space
+    return "" if space is None else describe_actions(pipeline.config.action_names, space)
 
 
-def example_actions(names: list[str] | None, first: int, second: int) -> str:
+def example_actions(pipeline: FARVideoPipeline, first: int, second: int) -> str:
     """A text for the field of actions: so many frames of one, and then of another."""
+    names, space = pipeline.config.action_names, pipeline.transformer.action_space
+    if space is not None and space.is_vector:
+        return f"{names[0] if names else 0}={space.mean[0] if space.mean else 0:g}"
+    if space is not None and space.is_grouped:
+        name, values = group_names(names)[0] if names else ("0", None)
+        last, none = (values[-1], values[0]) if values else (space.sizes[0] - 1, 0)
+        return f"{name}={last}*{first} {name}={none}"
     return f"{names[1]}*{first} {names[2]}*{second} {names[1]}" if names and len(names) > 2 else "0"
 
 
-def action_table(pipeline: FARVideoPipeline, script: str | None, num_frames: int) -> list[int | None]:
+def action_table(pipeline: FARVideoPipeline, script: str | None, num_frames: int) -> list[Any]:
     """The actions of the field, one per frame."""
-    names, num_actions = pipeline.config.action_names, pipeline.transformer.config.num_actions
-    if num_actions is None:
+    space = pipeline.transformer.action_space
+    if space is None:
         return [None] * num_frames
-    return [*parse_actions(script or "", names, num_actions, num_frames)]
+    return parse_actions(script or "", pipeline.config.action_names, space, num_frames)

@@ -9,6 +9,7 @@ const KEYS = {
 const ARROWS = { "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓" };
 const player = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const held = new Set(); // directions of keys and buttons that are down
+let chosen = null; // of groups of actions, or of the numbers of a vector: what each is, until it is changed
 let options = null, named = false, playing = false, waiting = false, start = 0, picked = null, alive = false;
 let pictures = new Map(); // frames that are in the context, for the strip
 let arrivals = []; // times of the last frames, for the rate
@@ -23,8 +24,9 @@ function settings() {
 }
 
 // Where the actions are directions, the index of the one for what is held: "forward-left" for both, else one of
-// them, else to do nothing. Other actions are held by their number.
+// them, else to do nothing. Other actions are held by their number; groups and vectors stay as they are chosen.
 function action() {
+  if (chosen) return [...chosen];
   if (!named) return held.size ? Number([...held].at(-1)) : null;
   const turn = held.has("left") ? "left" : held.has("right") ? "right" : null;
   const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : null;
@@ -171,6 +173,48 @@ function keyOf(event) {
   return digit && Number(digit) < options.num_actions ? digit : undefined;
 }
 
+// A row of buttons for each group of actions, of which one is chosen, at first the one of number 0.
+function buildGroups() {
+  chosen = options.groups.map(() => 0);
+  options.groups.forEach((group, index) => {
+    const row = document.createElement("div");
+    row.className = "far-group";
+    row.append(group.name);
+    group.actions.forEach((name, value) => {
+      const button = document.createElement("button");
+      button.textContent = name;
+      button.classList.toggle("held", value === 0);
+      button.onclick = () => {
+        chosen[index] = value;
+        row.querySelectorAll("button").forEach((other) => other.classList.toggle("held", other === button));
+        run();
+      };
+      row.append(button);
+    });
+    find("pad").append(row);
+  });
+}
+
+// A slider for each number of a vector.
+function buildNumbers() {
+  chosen = options.numbers.map((number) => number.value);
+  options.numbers.forEach((number, index) => {
+    const label = document.createElement("label"), slider = document.createElement("input");
+    const output = document.createElement("output");
+    label.className = "far-group";
+    Object.assign(slider, { type: "range", min: number.least, max: number.most, step: "any", value: number.value });
+    const tell = () => (output.textContent = Number(chosen[index].toPrecision(3)));
+    slider.oninput = () => {
+      chosen[index] = Number(slider.value);
+      tell();
+      run();
+    };
+    tell();
+    label.append(number.name, slider, output);
+    find("pad").append(label);
+  });
+}
+
 function build() {
   options.starts.forEach((image, index) => {
     const button = document.createElement("button");
@@ -199,7 +243,9 @@ function build() {
     for (const end of ["pointerup", "pointerleave", "pointercancel"]) button.addEventListener(end, set(false));
     find("pad").append(button);
   }
-  find("keys").textContent = named ? "Arrow keys, WASD, or the buttons under the picture."
+  if (options.groups) buildGroups();
+  if (options.numbers) buildNumbers();
+  find("keys").textContent = chosen ? "What you choose above stays until you change it." : named ? "Arrow keys, WASD, or the buttons under the picture."
     : buttons.length ? `Keys 0 to ${Math.min(9, buttons.length - 1)}, or the buttons under the picture.` : "";
   find("guidance").closest(".far-setting").hidden = !options.guidance;
   find("memory").closest(".far-setting").hidden = !options.long;

@@ -10,6 +10,8 @@ import gradio as gr
 import numpy as np
 from fastapi import HTTPException
 
+from ..actions import ActionSpace
+from ..inputs import group_names
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
 from .forms import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
@@ -19,6 +21,8 @@ from .starts import Start
 from .uploads import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image
 
 HERE = Path(__file__).parent
+RANGE = 3.0  # of the sliders of a vector, in deviations of the training data
+MAX_NUMBER = 1e30  # of a vector; float32 holds a little more
 
 Message = dict[str, Any]
 
@@ -79,10 +83,14 @@ class PlayServer:
     def options(self, message: Message) -> Message:
         """What the page can offer."""
         model, config = self.pipeline.transformer, self.pipeline.config
+        space, names = model.action_space, config.action_names
+        is_single = space is not None and not space.shape
         return {
-            "actions": config.action_names,
-            "num_actions": model.config.num_actions,
-            "guidance": model.config.num_actions is not None,
+            "actions": names if is_single else None,
+            "num_actions": space.sizes[0] if space is not None and is_single else None,
+            "groups": groups(space, names) if space is not None and space.is_grouped else None,
+            "numbers": numbers(space, names) if space is not None and space.is_vector else None,
+            "guidance": space is not None,
             "long": model.is_long,
             "num_inference_steps": config.num_inference_steps,
             "flex_rope_slope": config.flex_rope_slope,
@@ -102,7 +110,7 @@ class PlayServer:
         earlier: Any = [] if frames is None else frames[-frame.number - 1 : -1]
         return reply(frame) | {"earlier": [(number, picture(image)) for number, image in enumerate(earlier)]}
 
-    def _first_frames(self, message: Message) -> tuple[np.ndarray | None, list[int] | None]:
+    def _first_frames(self, message: Message) -> tuple[np.ndarray | None, list[Any] | None]:
         if message.get("image") is not None:
             return read_image(message["image"], *self.size)[None], None
         index = message.get("start")
@@ -116,8 +124,7 @@ class PlayServer:
         """The next frame, led to by `action`, with `settings`; with `look`, where it looks."""
         action = message.get("action")
         if action is not None:
-            last = (self.pipeline.transformer.config.num_actions or 1) - 1
-            check_range("action", action, -1, last, whole=True)
+            check_action(action, self.pipeline.transformer.action_space)
         look = message.get("look", False)
         if not isinstance(look, bool):
             raise ValueError(f"look={shown(look)} must be true or false")
@@ -138,6 +145,40 @@ class PlayServer:
         """Make place for somebody else."""
         self.players.leave(player_id(message))
         return {}
+
+
+def groups(space: ActionSpace, names: Any) -> list[dict[str, Any]]:
+    """Groups of actions, each with its name and those of its actions, for the page."""
+    named = group_names(names or [f"group {group}" for group in range(len(space.sizes))])
+    return [
+        {"name": name, "actions": values or [str(value) for value in range(size)]}
+        for (name, values), size in zip(named, space.sizes, strict=True)
+    ]
+
+
+def numbers(space: ActionSpace, names: Any) -> list[dict[str, Any]]:
+    """The numbers of a vector, each with its name, what it mostly is, and the range of its slider."""
+    count = space.shape[0]
+    mean, std = space.mean or (0.0,) * count, space.std or (1.0,) * count
+    named = names or [f"number {index}" for index in range(count)]
+    return [
+        {"name": name, "value": middle, "least": middle - RANGE * spread, "most": middle + RANGE * spread}
+        for name, middle, spread in zip(named, mean, std, strict=True)
+    ]
+
+
+def check_action(action: Any, space: ActionSpace | None) -> None:
+    """Raise a ValueError for an action that the page never sends for such a model."""
+    if space is None or not space.shape:
+        check_range("action", action, -1, (space.sizes[0] if space else 1) - 1, whole=True)
+        return
+    if not isinstance(action, list) or len(action) != space.shape[0]:
+        raise ValueError(f"action={shown(action)} must be a list of {space.shape[0]}: the model has {space}")
+    for index, value in enumerate(action):
+        if space.is_vector:
+            check_range(f"action[{index}]", value, -MAX_NUMBER, MAX_NUMBER)
+        else:
+            check_range(f"action[{index}]", value, -1, space.sizes[index] - 1, whole=True)
 
 
 def player_id(message: Message) -> str:

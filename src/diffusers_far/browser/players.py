@@ -79,7 +79,7 @@ class Game:
     Args:
         pipeline: of an action-conditioned model, or one without conditions.
         start: frames to begin with, `[T, H, W, 3]` uint8, or None to begin from nothing.
-        actions: that led to them; `[T]`, or None.
+        actions: that led to them; `[T, ...]`, or None.
         settings: see there.
         seed: of the noise.
         max_context_frames: that a context has at most, the new frame included, where the checkpoint does not
@@ -92,7 +92,7 @@ class Game:
         self,
         pipeline: FARVideoPipeline,
         start: np.ndarray | None = None,
-        actions: list[int] | None = None,
+        actions: list[Any] | None = None,
         settings: GameSettings | None = None,
         seed: int = 0,
         max_context_frames: int = 64,
@@ -134,9 +134,7 @@ class Game:
             "context_schedule": schedule.for_model(window, self.max_context_frames),
         }
 
-    def step(
-        self, action: int | None = None, settings: GameSettings | None = None, look: bool = False
-    ) -> GameFrame:
+    def step(self, action: Any = None, settings: GameSettings | None = None, look: bool = False) -> GameFrame:
         """The next frame.
 
         Args:
@@ -238,7 +236,7 @@ class Players:
     def step(
         self,
         player: str,
-        action: int | None = None,
+        action: Any = None,
         settings: GameSettings | None = None,
         look: bool = False,
     ) -> GameFrame:

@@ -3,19 +3,22 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from ..inputs import fit_frame
+from ..actions import ActionSpace
+from ..inputs import action_tensor, fit_frame
 from ..video_files import read_video
 
 
 @dataclass(frozen=True)
 class Start:
-    """The beginning of a game: frames `[T, H, W, 3]` uint8, and the actions `[T]` that led to them."""
+    """The beginning of a game: frames `[T, H, W, 3]` uint8, and the actions `[T, ...]` that led to them."""
 
     frames: np.ndarray
-    actions: list[int] | None
+    actions: list[Any] | None
 
 
 def read_episodes(folder: Path) -> list[Start]:
@@ -44,8 +47,8 @@ def cut_starts(episodes: list[Start], num_starts: int = 6, num_frames: int = 32)
     return starts
 
 
-def fit_starts(starts: list[Start], size: tuple[int, int], num_actions: int | None) -> list[Start]:
-    """Starts for a model of this size of frames and so many actions.
+def fit_starts(starts: list[Start], size: tuple[int, int], space: ActionSpace | None) -> list[Start]:
+    """Starts for a model of this size of frames and such actions.
 
     Actions that the model does not know come from another world: the frames stay, with no word of what led to
     them.
@@ -53,7 +56,18 @@ def fit_starts(starts: list[Start], size: tuple[int, int], num_actions: int | No
     fitted = []
     for start in starts:
         frames = [fit_frame(frame, *size) for frame in start.frames]
-        known = num_actions is not None and start.actions is not None
-        known = known and all(0 <= action < (num_actions or 0) for action in start.actions or [])
+        known = start.actions is not None and _are_known(start.actions, space)
         fitted.append(Start(np.stack(frames), start.actions if known else None))
     return fitted
+
+
+def _are_known(actions: list[Any], space: ActionSpace | None) -> bool:
+    if space is None:
+        return False
+    if not space.shape:
+        return all(isinstance(action, int) and 0 <= action < space.sizes[0] for action in actions)
+    try:
+        action_tensor("actions", actions, space, (1, len(actions)), torch.device("cpu"))
+    except ValueError:
+        return False
+    return True

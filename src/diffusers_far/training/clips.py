@@ -2,13 +2,16 @@
 
 training/encode_latents.py writes a `.safetensors` per video, `LATENTS/<split>/<name>.safetensors`: `latents`
 float16 `[T, C, H, W]`, already scaled to unit deviation, `actions` and `revisits` int64 `[T]`, `class_label`
-int64 `[]`.
+int64 `[]`. Actions of groups are int64 `[T, G]`, vectors float32 `[T, A]`; their names are in the metadata.
 
 Shapes: B batch, F frames, C channels, H x W latent grid.
 """
 
 import hashlib
+import json
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..actions import ActionSpace
+
 AUTOENCODER_KEY = "autoencoder_sha256"  # in the metadata of a file of latents
+ACTION_NAMES_KEY = "action_names"  # there, too: a JSON list of names of groups, or of numbers of vectors
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +57,13 @@ class LatentVideos:
         self.revisits = self._read("revisits")
         self.class_labels = self._read("class_label")
         encoders = [(file.metadata() or {}).get(AUTOENCODER_KEY) for file in self._files]
-        for path, shape, encoder in zip(self.paths, self._shapes, encoders, strict=True):
+        names = [(file.metadata() or {}).get(ACTION_NAMES_KEY, "[]") for file in self._files]
+        self.action_names: tuple[str, ...] = tuple(json.loads(names[0]))
+        for path, shape, encoder, own_names in zip(self.paths, self._shapes, encoders, names, strict=True):
+            if own_names != names[0]:
+                raise ValueError(
+                    f"{path} has actions called {own_names}, {self.paths[0]} {names[0]}: all must be equal"
+                )
             if shape[1:] != self.frame_shape:
                 first = f"{self.paths[0]} of {self.frame_shape}"
                 raise ValueError(f"{path} has latents of {shape[1:]}, {first}: all must be equal")
@@ -68,28 +80,54 @@ class LatentVideos:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def keep_conditions(self, num_actions: int | None, num_classes: int | None) -> None:
-        """Check what conditions a model of so many actions and classes, and forget what it does not take."""
-        self.actions = self._keep(self.actions, "actions", "num_actions", num_actions)
-        self.class_labels = self._keep(self.class_labels, "class labels", "num_classes", num_classes)
+    def keep_conditions(
+        self, num_actions: Any, num_classes: int | None, action_dim: int | None = None
+    ) -> None:
+        """Check what conditions a model of such options, and forget what it does not take."""
+        option = f"{num_actions=}" if action_dim is None else f"{action_dim=}"
+        space = ActionSpace.of({"num_actions": num_actions, "action_dim": action_dim})
+        self.actions = self._keep(self.actions, "actions", option, space)
+        classes = None if num_classes is None else ActionSpace(num_classes)
+        self.class_labels = self._keep(self.class_labels, "class labels", f"{num_classes=}", classes)
 
     def _keep(
-        self, found: list[Tensor | None], name: str, option: str, number: int | None
+        self, found: list[Tensor | None], name: str, option: str, space: ActionSpace | None
     ) -> list[Tensor | None]:
-        if number is None:
+        if space is None:
             if any(values is not None for values in found):
-                logger.warning("%s has %s, which this model ignores (%s=None)", self.folder, name, option)
+                logger.warning("%s has %s, which this model ignores (%s)", self.folder, name, option)
             return [None] * len(self)
         for path, values in zip(self.paths, found, strict=True):
             if values is None:
-                raise ValueError(f"{option}={number}: {path} has no {name}")
-            wrong = values[(values < -1) | (values >= number)]
-            if wrong.numel():
-                raise ValueError(
-                    f"{option}={number}: {path} has {name} such as {int(wrong.flatten()[0])}; it takes 0 to "
-                    f"{number - 1}, or -1 for none"
-                )
+                raise ValueError(f"{option}: {path} has no {name}")
+            where = f"{option}: {path} has {name}"
+            if tuple(values.shape[1:]) != space.shape or values.is_floating_point() != space.is_vector:
+                raise ValueError(f"{where} of {values.dtype} {list(values.shape)}; it takes {space}")
+            if space.is_vector:
+                if values.isinf().any():
+                    raise ValueError(f"{where} that are infinite")
+                continue
+            for size, column in zip(
+                space.sizes, values.reshape(-1, len(space.sizes)).unbind(-1), strict=True
+            ):
+                wrong = column[(column < -1) | (column >= size)]
+                if wrong.numel():
+                    takes = f"0 to {size - 1}, or -1 for none"
+                    raise ValueError(f"{where} such as {int(wrong[0])}; it takes {takes}")
         return found
+
+    def action_statistics(self) -> dict[str, list[float]]:
+        """`action_mean` and `action_std` of a model of vectors; nothing where actions are no vectors."""
+        vectors = [values for values in self.actions if values is not None and values.is_floating_point()]
+        if len(vectors) < len(self):
+            return {}
+        rows = torch.cat(vectors).double()
+        rows = rows[~rows.isnan().any(dim=1)]
+        if not len(rows):
+            return {}
+        std = rows.std(dim=0, correction=0)
+        # A number that never changes says nothing, whatever it is divided by.
+        return {"action_mean": rows.mean(dim=0).tolist(), "action_std": std.where(std > 0, 1.0).tolist()}
 
     def clip(self, video: int, start: int, num_frames: int) -> Tensor:
         """`[F, C, H, W]` float32 latents."""
@@ -131,6 +169,25 @@ def _open(path: Path) -> Any:
     return file
 
 
+def stack_actions(values: Sequence[Any]) -> Tensor:
+    """Actions of the frames of an episode: int64 `[T]` or `[T, G]`, or float32 `[T, A]`."""
+    is_vector = len(values) > 0 and isinstance(values[0], tuple) and isinstance(values[0][0], float)
+    return torch.tensor(values, dtype=torch.float32 if is_vector else torch.int64)
+
+
+def action_options(actions: Sequence[Tensor]) -> dict[str, Any]:
+    """`num_actions` or `action_dim` of a model for actions of some episodes."""
+    kinds = {(values.is_floating_point(), *values.shape[1:]) for values in actions}
+    if len(kinds) > 1:
+        found = sorted({f"{values.dtype} {['T', *values.shape[1:]]}" for values in actions})
+        raise ValueError(f"actions of several kinds: {', '.join(found)}; it takes one for all videos")
+    rows = torch.cat(list(actions))
+    if rows.is_floating_point():
+        return {"action_dim": rows.shape[1]}
+    sizes = (rows.reshape(len(rows), -1).amax(dim=0) + 1).clamp(min=1).tolist()
+    return {"num_actions": sizes if rows.ndim == 2 else sizes[0]}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Clips
 
@@ -141,7 +198,7 @@ class Clips:
 
     latents: Tensor  # [B, F, C, H, W]
     window: int
-    actions: Tensor | None  # [B, F], -1 where dropped
+    actions: Tensor | None  # [B, F], -1 where dropped; of groups [B, F, G], of vectors [B, F, A] (NaN)
     class_labels: Tensor | None  # [B], -1 where dropped
     sources: tuple[str, ...]  # where each is from
     rank: int = 0  # of the process that has these clips of a step; all `num_ranks` have as many
@@ -285,6 +342,8 @@ class ClipBatches(Dataset[Clips]):
         if conditions[0] is None:
             return None
         stacked = torch.stack(conditions)  # type: ignore[arg-type]
-        draws = rng.random((self.num_ranks, *stacked.shape))[self.rank]
-        # -1 is the model's null condition
-        return torch.where(torch.from_numpy(draws < self.condition_dropout), -1, stacked)
+        draws = rng.random((self.num_ranks, *stacked.shape[:2]))[self.rank]
+        dropped = torch.from_numpy(draws < self.condition_dropout)
+        dropped = dropped.reshape(*dropped.shape, *(1,) * (stacked.ndim - dropped.ndim))
+        null = math.nan if stacked.is_floating_point() else -1  # the model's null condition
+        return torch.where(dropped, null, stacked)

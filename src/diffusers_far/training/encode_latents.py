@@ -16,6 +16,7 @@ A folder with latents of another autoencoder is refused.
 """
 
 import hashlib
+import json
 import logging
 import sys
 from collections import Counter
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..whole_files import written_whole
-from .clips import AUTOENCODER_KEY
+from .clips import ACTION_NAMES_KEY, AUTOENCODER_KEY, stack_actions
 from .episodes import Episode, Episodes
 from .options import Count, FrameOptions, option, parse, script
 from .sources import Source, open_source
@@ -139,7 +140,7 @@ def encode_episode(
         latents.append(encode_frames(autoencoder, [frame for _, frame in batch]).numpy())
     tensors = {"latents": torch.from_numpy(np.concatenate(latents))}
     if (actions := episode.actions) is not None:
-        tensors["actions"] = torch.tensor(actions, dtype=torch.int64)[numbers]
+        tensors["actions"] = stack_actions(actions)[numbers]
     if episode.revisits is not None and numbers == list(range(len(episode.revisits))):
         tensors["revisits"] = torch.tensor(episode.revisits, dtype=torch.int64)
     if episode.class_label is not None:
@@ -177,6 +178,8 @@ def encode_split(
             continue
         file = folder / f"{episode.name}.safetensors"
         metadata = {AUTOENCODER_KEY: own, EPISODE_KEY: hash_episode(episode, options)}
+        if called := episode.action_names:
+            metadata[ACTION_NAMES_KEY] = json.dumps(called)
         if not file.exists() or read_metadata(file) != metadata:
             encode_episode(autoencoder, episode, file, options, metadata)
         number += 1

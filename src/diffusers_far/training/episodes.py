@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -207,6 +207,13 @@ def _read_image(path: Path) -> np.ndarray:
 # Episodes
 
 
+class Actions(NamedTuple):
+    """What led to the frames of a video."""
+
+    values: tuple[Any, ...]  # one per frame: an int, ints of several groups, or the floats of a vector
+    names: tuple[str, ...] = ()  # of the groups, or of the numbers of a vector, where they are known
+
+
 def no_actions() -> None:
     """What `read_actions` is where nothing is known."""
 
@@ -219,12 +226,19 @@ class Episode:
     video: Video
     class_label: int | None = None
     revisits: tuple[int, ...] | None = None  # one per frame: how many frames ago its view was last seen
-    read_actions: Callable[[], tuple[int, ...] | None] = field(default=no_actions, repr=False)
+    read_actions: Callable[[], Actions | None] = field(default=no_actions, repr=False)
 
     @property
-    def actions(self) -> tuple[int, ...] | None:
+    def actions(self) -> tuple[Any, ...] | None:
         """One for each frame of the video: `actions[t]` led to frame t."""
-        return self.read_actions()
+        actions = self.read_actions()
+        return None if actions is None else actions.values
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Names of groups of actions, or of the numbers of vectors; empty where nothing says so."""
+        actions = self.read_actions()
+        return () if actions is None else actions.names
 
     @property
     def frame_rate(self) -> float | None:

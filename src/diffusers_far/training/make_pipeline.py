@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from ..inputs import ActionNames
 from ..pipeline_far_video import FARVideoPipeline
 from ..transformer_far import FARTransformer3DModel
 from ..whole_files import written_whole
@@ -35,7 +36,11 @@ class PipelineOptions:
     sample_size: list[int] | None = option(
         None, "default size of frames in pixels: one number, or height and width"
     )
-    action_names: list[str] | None = option(None, "what the actions are called, in order")
+    action_names: list[str] | None = option(
+        None,
+        "what the actions are called, in order; the numbers of a vector; or groups, with their actions as in "
+        "keyboard=none,walk,jump mouse=none,left",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "of the files; loading gives float32"
     )
@@ -55,6 +60,14 @@ def save_pipeline(pipeline: FARVideoPipeline, folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in folder.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+def action_names(words: list[str] | None) -> ActionNames | None:
+    """Names as a pipeline takes them; a word such as keyboard=none,walk is a group and its actions."""
+    if words is None:
+        return None
+    pairs = [(word, *word.partition("=")) for word in words]
+    return [{name: values.split(",")} if equals else word for word, name, equals, values in pairs]
 
 
 def make_scheduler(solver: str) -> Any:
@@ -83,7 +96,7 @@ def main(command_line: list[str]) -> None:
         num_inference_steps=options.num_inference_steps,
         sample_size=sample_size,
         num_training_frames=options.num_training_frames,
-        action_names=options.action_names,
+        action_names=action_names(options.action_names),
     ).to(getattr(torch, options.dtype))
     with written_whole(Path(options.output)) as unfinished:
         save_pipeline(pipeline, unfinished)

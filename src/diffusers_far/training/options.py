@@ -1,7 +1,8 @@
 """Options of the training scripts: a YAML recipe, then the command line, into typed dataclasses.
 
 An option's type carries the values that it takes, its field the line of `--help`. On the command line an
-option is written with dashes or with underscores.
+option is written with dashes or with underscores. `preset: NAME` makes the sizes of a published model the
+defaults; what the recipe or the command line says of them wins.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..presets import PRESETS, Compression, preset
 
 
 class Range(NamedTuple):
@@ -50,6 +53,10 @@ def option(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 @dataclass(kw_only=True)
@@ -140,11 +147,16 @@ class ModelOptions:
     attention_head_dim: Count = option(64, "width of a head")
     axes_dims_rope: list[int] = option([16, 24, 24], "of it, for time, height and width")
     num_classes: Count | None = option(None, "classes of videos that condition the model")
-    num_actions: Count | None = option(None, "actions of frames that condition the model")
+    num_actions: list[int] | None = option(
+        None, "actions of frames that condition the model; several numbers are sizes of groups"
+    )
+    action_dim: Count | None = option(None, "numbers of a continuous action, in place of num_actions")
     short_window: Count = option(16, "frames of a Long model's window")
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.num_actions, list) and len(self.num_actions) == 1:  # from a command line
+            self.num_actions = self.num_actions[0]  # type: ignore[assignment]
 
     def check_unused(self, config: Any) -> None:
         """Refuse sizes other than those of a model that is there already."""
@@ -221,6 +233,9 @@ class AutoencoderOptions(FrameOptions, RunOptions):
     cache_dir: str | None = option(None, "decoded frames; by default beside the data")
     train_split: str = option("train", "part of the data to train on")
     validation_split: str = option("validation", "part of the data that is held out")
+    compression: Compression | None = option(
+        None, "pixels per side for one of a latent: that published DC-AE, in place of the next three"
+    )
     latent_channels: Count = option(16, "channels of a latent")
     block_out_channels: list[int] = option([32, 48, 96, 128], "channels of stages; each halves the size")
     layers_per_block: list[int] = option([0, 1, 1, 2], "their layers; 0 first: none at full resolution")
@@ -231,6 +246,8 @@ class AutoencoderOptions(FrameOptions, RunOptions):
     adversarial_loss_weight: NotNegative = option(
         0.0, "of a discriminator, times the adaptive one; published: 0.5"
     )
+    adam_beta1: Share = option(0.9, "of AdamW; published: 0.5")
+    adam_beta2: Share = option(0.99, "of AdamW; published: 0.9")
     discriminator_learning_rate: Positive = option(2e-4, "constant")
     discriminator_downsamples: Count = option(
         2, "it judges patches of 16 pixels with 1, 34 with 2, 70 with 3"
@@ -258,6 +275,11 @@ class AutoencoderOptions(FrameOptions, RunOptions):
                 f"layers_per_block={self.layers_per_block} takes one number for each of block_out_channels="
                 f"{self.block_out_channels}"
             )
+        if self.compression is not None:
+            for item in dataclasses.fields(self):
+                replaced = item.name in ("latent_channels", "block_out_channels", "layers_per_block")
+                if replaced and (value := getattr(self, item.name)) != _default(item):
+                    raise ValueError(f"{item.name}={value}: compression={self.compression} has its own")
         if self.freeze_encoder and self.init_from is None:
             raise ValueError("init_from=None: freeze_encoder takes the folder of an autoencoder")
 
@@ -291,18 +313,41 @@ def parse(
         program: its name in messages; by default that of the script.
     """
     parser = _Parser(tuple(kinds), prog=program, description=description, allow_abbrev=False)
+    takes_preset = not {ModelOptions, AutoencoderOptions}.isdisjoint(kinds)
+    if takes_preset:
+        parser.add_argument(
+            "--preset",
+            choices=PRESETS,
+            help="published model whose sizes, and longest clip, are the defaults",
+        )
+    known = {action.dest for action in parser._actions}
     words = list(command_line)
     if positional:
         parser.add_argument(positional)
     elif words and words[0].endswith((".yaml", ".yml")):
-        recipe = words.pop(0)
-        words = [*_recipe_words(recipe, {action.dest for action in parser._actions}), *words]
+        words = [*_recipe_words(words[0], known), *words[1:]]
+    if takes_preset and (name := parser.parse_known_args(words)[0].preset) is not None:
+        facts = _facts_of_preset(name)
+        parser.set_defaults(**{option: facts[option] for option in facts.keys() & known})
     *options, rest = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return (getattr(options[-1], positional), *options[:-1]) if positional else tuple(options)
+    found = tuple(options[: len(kinds)])
+    return (getattr(options[-1], positional), *found) if positional else found
+
+
+def _facts_of_preset(name: str) -> dict[str, Any]:
+    """Of a published model and its autoencoder, by the names of options, and others."""
+    model = preset(name)
+    return {
+        **model.transformer,
+        "axes_dims_rope": list(model.transformer["axes_dims_rope"]),
+        "num_frames": model.num_frames,
+        "compression": model.compression,
+        "resolution": str(model.resolution),
+    }
 
 
 def _recipe_words(recipe: str, known: set[str]) -> list[str]:

@@ -54,6 +54,7 @@ class PipelineTrainer(FARTrainer):
             num_inference_steps=NUM_INFERENCE_STEPS,
             num_training_frames=self.options.num_frames,
             sample_size=self.sample_size,
+            action_names=self._action_names(),
         )
         save_pipeline(pipeline, folder)
         output = Path(self.options.output_dir)
@@ -66,6 +67,11 @@ class PipelineTrainer(FARTrainer):
             evaluation=self._evaluation(),
         )
         card.save(folder / "README.md")
+
+    def _action_names(self) -> list[str] | None:
+        """What the data call groups of actions, or numbers of vectors."""
+        space = self.network.action_space
+        return None if space is None else list(self.batches.videos.action_names) or None
 
     def _training(self) -> str:
         options, clock = self.options, self.run.clock

@@ -5,13 +5,17 @@ may lie side by side:
 
 - a video file, with what `metadata.jsonl`, `.csv` or `.parquet` says of it, or with an `.npz` of the same
   stem that has its `actions` (Minecraft), or in a folder for each class;
-- an `.npz` with `video` uint8 `[T, H, W, 3]` and maybe `actions` int `[T]` (DMLab);
-- a folder of numbered images (BAIR as it is often unpacked);
+- an `.npz` with `video` uint8 `[T, H, W, 3]` and maybe `actions` (DMLab);
+- a folder of numbered images (BAIR as it is often unpacked), and maybe `actions.npy`;
 - a shard of webdataset (`.tar`) or a `.parquet` with the bytes of videos, both read with `datasets`.
 
 UCF-101 with its official lists and LeRobot v3 are known by their lists and by `meta/info.json`. docs/data.md
 shows what each looks like. Nothing is read of an episode before it is asked for; of a shard, one episode at a
 time is in memory.
+
+Actions are integers `[T]`, integers of several groups `[T, G]`, or vectors of floats `[T, A]`. Groups may
+have names: an `.npz` with `action_keyboard` and `action_mouse`, `[T]` each, or in a table
+`{"keyboard": [...], "mouse": [...]}`.
 
 Shapes: T frames, H x W pixels.
 """
@@ -35,6 +39,7 @@ from typing import Any
 import numpy as np
 
 from .episodes import (
+    Actions,
     ArrayVideo,
     EmbeddedVideo,
     Episode,
@@ -118,7 +123,8 @@ class Source:
             found += f" of {len(self.class_names)} classes ({some})"
         frames = f"frames of {examined.sizes} pixels, {examined.rates}; {examined.amount} {purpose}"
         episode = next(iter(episodes.some(1)))
-        known = [name for name in ("actions", "revisits") if getattr(episode, name) is not None]
+        known = [] if (actions := episode.read_actions()) is None else [_describe(actions)]
+        known += ["revisits"] if episode.revisits is not None else []
         known += ["a class label"] if episode.class_label is not None else []
         frames += f"; with {' and '.join(known)}" if known else "; no actions or labels"
         split = f"{len(episodes)} {purpose}"
@@ -126,6 +132,14 @@ class Source:
             how = "by a hash of their names" if self.is_held_out_by_hash else "as the source says"
             split += f", {len(self.split('validation'))} held out for validation {how}"
         return f"{found}\n{frames}\n{split}"
+
+
+def _describe(actions: Actions) -> str:
+    first = next(iter(actions.values), 0)
+    if not isinstance(first, tuple):
+        return "actions"
+    kind = f"vectors of {len(first)} numbers" if isinstance(first[0], float) else f"{len(first)} groups"
+    return f"actions ({kind}{': ' if actions.names else ''}{', '.join(actions.names)})"
 
 
 @dataclass(frozen=True)
@@ -347,6 +361,7 @@ def _list_files(base: Path, files: Sequence[Path]) -> _Part:
     """The episodes and shards among some files, without what metadata and folders say of them."""
     part, strange = _Part(base), []
     images: dict[Path, list[Path]] = {}
+    actions_of_images: dict[Path, Path] = {}
     stems = {file.with_suffix("") for file in files if _is_video(file.name)}
     with_actions = {file.with_suffix("") for file in files if file.suffix == ".npz"} & stems
     for file in files:
@@ -367,15 +382,21 @@ def _list_files(base: Path, files: Sequence[Path]) -> _Part:
             part.shards.append(ParquetShard(file, name, column))
         elif _is_numbered_image(file.name):
             images.setdefault(file.parent, []).append(file)
+        elif file.name == "actions.npy":
+            actions_of_images[file.parent] = file
         else:
             strange.append(file)
     for parent, numbered in images.items():
         if len(numbered) < 2 or parent == base:
             strange += numbered
             continue
+        own = actions_of_images.pop(parent, None)
         numbered.sort(key=lambda file: int(_is_numbered_image(file.name)[1]))  # type: ignore[index]
         name = parent.relative_to(base).as_posix()
         part.listed[parent] = Episode(name, ImageSequence(parent, tuple(numbered)))
+        if own is not None:
+            part.listed[parent] = replace(part.listed[parent], read_actions=partial(_npy_actions, own))
+    strange += actions_of_images.values()
     _warn("are no videos", strange)
     return part
 
@@ -459,7 +480,12 @@ def _csv_row(row: dict[str, Any]) -> dict[str, Any]:
         if text is None or not str(text).strip():
             continue
         text = str(text).strip()
-        if name in ("actions", "revisits"):
+        if name == "actions" and re.match(r"\[\s*\[|\{", text):
+            try:
+                values[name] = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"actions {text[:80]!r} are no JSON: {error}") from error
+        elif name in ("actions", "revisits"):
             words = text.strip("[]").replace(",", " ").split()
             values[name] = [int(word) if re.fullmatch(r"-?\d+", word) else word for word in words]
         elif name in ("label", "class_label"):
@@ -484,11 +510,16 @@ def _checked(row: Mapping[str, Any], where: str, class_names: Sequence[str] = ()
     values: dict[str, Any] = {}
     for kind, least in (("actions", -1), ("revisits", 0)):
         found = row.get(kind)
+        if kind == "actions" and _is_nested(found):
+            values[kind] = _nested_actions(found, f"{where} has actions")
+            continue
         if found is not None and not isinstance(found, list | np.ndarray):
             raise ValueError(f"{where} has {kind} {found!r}; it takes a list of one integer per frame")
         for frame, value in enumerate(() if found is None else found):
             _check_integer(value, least, f"{where} has {kind} {value!r} at frame {frame}")
         values[kind] = None if found is None else tuple(int(value) for value in found)
+    if values["actions"] is not None and not isinstance(values["actions"], Actions):
+        values["actions"] = Actions(values["actions"])
     label = row.get("class_label", row.get("label", row.get("cls")))
     if label is not None:
         if label in class_names:
@@ -496,6 +527,25 @@ def _checked(row: Mapping[str, Any], where: str, class_names: Sequence[str] = ()
         _check_integer(label, 0, f"{where} has class_label {label!r}")
     values["class_label"] = label
     return values
+
+
+def _is_nested(found: Any) -> bool:
+    """Whether actions are of groups or vectors."""
+    if isinstance(found, Mapping):
+        return True
+    return isinstance(found, list | np.ndarray) and len(found) > 0 and isinstance(found[0], list | np.ndarray)
+
+
+def _nested_actions(found: Any, where: str) -> Actions:
+    names = sorted(found) if isinstance(found, Mapping) else []
+    columns = [np.asarray(found[name]) for name in names]
+    if len({column.dtype.kind == "f" for column in columns}) > 1:
+        raise ValueError(f"{where} of integers and of floats ({', '.join(names)}); it takes one kind")
+    try:
+        array = np.stack(columns, axis=1) if names else np.array(list(found))
+    except ValueError as error:
+        raise ValueError(f"{where} that are not equally long: {error}") from error
+    return _as_actions(array, where, names)
 
 
 def _check_integer(value: Any, least: int, found: str) -> None:
@@ -515,24 +565,52 @@ def _npz_keys(path: Path) -> list[str]:
         raise ValueError(f"{path} is not an npz file, or damaged: {error}") from error
 
 
-def _npz_actions(path: Path) -> tuple[int, ...] | None:
+def _npz_actions(path: Path) -> Actions | None:
     with np.load(path, allow_pickle=False) as content:
-        if "actions" not in content:
-            if "video" in content:
-                return None
-            raise ValueError(f"{path} has no actions; it has {', '.join(content)}")
-        actions = content["actions"]
-    return _integer_actions(actions, f"{path}: actions")
+        if "actions" in content:
+            return _as_actions(content["actions"], f"{path}: actions")
+        prefix = "action_"
+        groups = {key.removeprefix(prefix): content[key] for key in content if key.startswith(prefix)}
+        if groups:
+            return _nested_actions(
+                groups, f"{path} has {', '.join(prefix + name for name in sorted(groups))}"
+            )
+        if "video" in content:
+            return None
+        raise ValueError(f"{path} has no actions; it has {', '.join(content)}")
 
 
-def _integer_actions(actions: np.ndarray, where: str) -> tuple[int, ...]:
-    flat = actions[:, 0] if actions.ndim == 2 and actions.shape[1] == 1 else actions
-    if flat.ndim != 1 or flat.dtype.kind not in "iu":
+def _npy_actions(path: Path) -> Actions:
+    try:
+        return _as_actions(np.load(path, allow_pickle=False), str(path))
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy, or damaged: {error}") from error
+
+
+def _as_actions(actions: np.ndarray, where: str, names: Sequence[str] = ()) -> Actions:
+    """Integers `[T]` or, of groups, `[T, G]`; or vectors of floats `[T, A]`, NaN where there is none."""
+    kind = actions.dtype.kind
+    if actions.ndim == 2 and actions.shape[1] == 1 and kind in "iub":
+        actions = actions[:, 0]
+    if (
+        kind not in ("iub" if actions.ndim == 1 else "iubf")
+        or actions.ndim not in (1, 2)
+        or 0 in actions.shape
+    ):
         raise ValueError(
-            f"{where} are {actions.dtype} {list(actions.shape)}; a model takes one integer per frame. "
-            "--ignore-actions trains on the videos alone"
+            f"{where} are {actions.dtype} {list(actions.shape)}; it takes integers [T], integers of groups "
+            "[T, G], or floats [T, A]. --ignore-actions trains on the videos alone"
         )
-    return tuple(int(action) for action in flat)
+    if kind == "f":
+        missing = np.isnan(actions)
+        if np.isinf(actions).any() or (missing.any(axis=1) & ~missing.all(axis=1)).any():
+            raise ValueError(f"{where} have vectors with infinite values, or with NaN beside numbers")
+        return Actions(tuple(tuple(map(float, row)) for row in actions), tuple(names))
+    if actions.size and int(actions.min()) < -1:
+        raise ValueError(f"{where} have {int(actions.min())}; it takes integers of at least -1")
+    if actions.ndim == 1:
+        return Actions(tuple(int(action) for action in actions), tuple(names))
+    return Actions(tuple(tuple(int(action) for action in row) for row in actions), tuple(names))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -700,15 +778,7 @@ def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
         raise ValueError(f"{folder} is a LeRobot data set without a feature of dtype video")
     action, camera = features.get("action"), cameras[0]
     has_actions = action is not None and not ignore_actions
-    if (
-        action is not None
-        and has_actions
-        and not (action["dtype"].startswith("int") and math.prod(action["shape"]) == 1)
-    ):
-        raise ValueError(
-            f"{folder}: its feature 'action' is {action['dtype']} {list(action['shape'])}; a model takes one "
-            "integer per frame. --ignore-actions trains on the videos alone"
-        )
+    names = _lerobot_names(action) if action is not None else ()
     half = 0.5 / info["fps"]  # times are rounded
     episodes = []
     for table in sorted((folder / "meta/episodes").rglob("*.parquet")):
@@ -721,7 +791,7 @@ def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
             if has_actions:
                 place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
                 table_of_frames = folder / info["data_path"].format(**place)
-                read = partial(_lerobot_actions, table_of_frames, row["episode_index"])
+                read = partial(_lerobot_actions, table_of_frames, row["episode_index"], names)
                 episode = replace(episode, read_actions=read)
             episodes.append(episode)
     if not episodes:
@@ -732,11 +802,27 @@ def _open_lerobot(data: str, folder: Path, ignore_actions: bool) -> Source:
     return Source(data, kind, {"train": Episodes.of(episodes, ())})
 
 
-def _lerobot_actions(table: Path, episode: int) -> tuple[int, ...]:
+def _lerobot_names(feature: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the numbers of an action: a list, or lists of several parts; empty if they do not fit."""
+    names = feature.get("names") or []
+    if isinstance(names, Mapping):
+        names = [name for part in names.values() for name in (part if isinstance(part, list) else [part])]
+    return tuple(map(str, names)) if len(names) == math.prod(feature["shape"]) else ()
+
+
+def _lerobot_actions(table: Path, episode: int, names: Sequence[str]) -> Actions:
+    """LeRobot has the action that follows a frame; ours leads to it, so the first frame has none."""
     from pyarrow import parquet
 
     rows = parquet.read_table(
         table, columns=["frame_index", "action"], filters=[("episode_index", "=", episode)]
     )
-    ordered = rows.sort_by("frame_index")
-    return _integer_actions(np.array(ordered["action"].to_pylist()), f"{table}: action")
+    array = np.array(rows.sort_by("frame_index")["action"].to_pylist())
+    if array.dtype.kind == "f" and array.ndim == 1:
+        array = array[:, None]
+    actions = _as_actions(array, f"{table}: action")
+    first = actions.values[0]
+    null: Any = -1
+    if isinstance(first, tuple):
+        null = tuple(math.nan if isinstance(number, float) else -1 for number in first)
+    return Actions((null, *actions.values[:-1]), tuple(names) if isinstance(first, tuple) else ())

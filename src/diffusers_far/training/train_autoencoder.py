@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from ..lpips import LPIPS
 from ..metrics import psnr, sharpness
+from ..presets import autoencoder_config
 from .episodes import load_frames
 from .options import AutoencoderOptions, parse, script
 from .patch_discriminator import DiscriminatorLoss, PatchDiscriminator, adaptive_weight
@@ -103,7 +104,8 @@ class AutoencoderTrainer:
                 f"{options.data} has frames of {height} x {width} pixels; it takes multiples of {factor}"
             )
         trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        betas = (options.adam_beta1, options.adam_beta2)
+        optimizer = torch.optim.AdamW(trained, options.learning_rate, betas=betas, weight_decay=0.0)
         data = hashlib.sha256(
             repr(self.frames.shape).encode() + spread(self.frames, 64).tobytes()
         ).hexdigest()
@@ -172,7 +174,9 @@ class AutoencoderTrainer:
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB, and sharpness as a share of the frames', of the held-out frames."""
+        self.autoencoder.eval()
         quality, sharp = measure(self.autoencoder, self.held_out_frames, self.run.accelerator.device)
+        self.autoencoder.train()
         return {"validation_psnr": quality, "validation_sharpness": sharp}
 
     def save_weights(self) -> None:
@@ -194,6 +198,8 @@ def _on(network: Any, device: torch.device) -> Any:
 def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
     if options.init_from is not None:
         autoencoder = AutoencoderDC.from_pretrained(options.init_from)
+    elif options.compression is not None:
+        autoencoder = AutoencoderDC(**autoencoder_config(options.compression))
     else:
         config: dict[str, Any] = {}
         for side in ("encoder", "decoder"):
@@ -201,6 +207,7 @@ def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
             config[f"{side}_layers_per_block"] = tuple(options.layers_per_block)
             config[f"{side}_qkv_multiscales"] = ((),) * len(options.block_out_channels)
         autoencoder = AutoencoderDC(latent_channels=options.latent_channels, **config)
+    autoencoder.train()  # published decoders have batch norms
     autoencoder.encoder.requires_grad_(not options.freeze_encoder)
     return autoencoder.to(memory_format=torch.channels_last)  # the norms are over channels
 

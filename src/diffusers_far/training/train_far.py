@@ -14,17 +14,19 @@ any-step model is made of a trained one (training/objectives.py).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..memory_loss import memory_loss
-from ..transformer_far import FARTransformer3DModel
+from ..transformer_far import LATER_OPTIONS, FARTransformer3DModel
 from .clips import ClipBatches, Clips, LatentVideos
 from .matmul_attn_processor import MatmulAttnProcessor
 from .objectives import FlowMap, FlowMatching
@@ -42,14 +44,18 @@ class FARTrainer:
         # The weights of long-term tokens have no part in a clip as short as the window.
         self.run = Run("far", options, find_unused_parameters=True)
         videos = LatentVideos(Path(options.latents) / "train")
-        model, teacher = create_models(sizes, options, in_channels=videos.frame_shape[0])
+        statistics = videos.action_statistics() if sizes.action_dim else {}
+        model, teacher = create_models(sizes, options, videos.frame_shape[0], statistics)
         self.batches = self._batches(videos, model)
         self.validation_batches = None
         if options.validation_steps:
             held_out = LatentVideos(Path(options.latents) / "validation")
             self.validation_batches = self._batches(held_out, model, held_out_of=videos)
         self.network = model
-        config, data = dict(model.config), videos.fingerprint()
+        # Checkpoints of earlier versions, which lack them, resume.
+        unset = {name for name in LATER_OPTIONS if model.config[name] is None}
+        config = {name: value for name, value in model.config.items() if name not in unset}
+        data = videos.fingerprint()
         optimizers = create_optimizers(model, options)
         self.model, self.optimizers = self.run.prepare(model, optimizers, config, data, asdict(sizes))
         self.models = [self.model]
@@ -71,7 +77,8 @@ class FARTrainer:
                 f"{videos.folder} has latents of {videos.frame_shape}, {held_out_of.folder} of "
                 f"{held_out_of.frame_shape}: both must be equal"
             )
-        videos.keep_conditions(model.config.num_actions, model.config.num_classes)
+        config = model.config
+        videos.keep_conditions(config.num_actions, config.num_classes, config.action_dim)
         return ClipBatches(
             videos,
             options.batch_size,
@@ -146,12 +153,19 @@ class FARTrainer:
 
 
 def create_models(
-    sizes: ModelOptions, options: FAROptions, in_channels: int
+    sizes: ModelOptions,
+    options: FAROptions,
+    in_channels: int,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None]:
-    """The model as training begins and, for a flow map, the trained one that it learns from."""
+    """The model as training begins and, for a flow map, the trained one that it learns from.
+
+    Args:
+        statistics: `action_mean` and `action_std` of a new model of vectors.
+    """
     teacher = None
     if options.pretrained is None:
-        model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes))
+        model = FARTransformer3DModel(in_channels=in_channels, **asdict(sizes), **statistics)
     else:
         model = FARTransformer3DModel.from_pretrained(options.pretrained)
         sizes.check_unused(model.config)

@@ -39,9 +39,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..actions import ActionSpace
 from ..shipped import CHECKPOINT, find
 from ..whole_files import written_whole
 from .episodes import Episode
+from .free_memory import free_memory
 from .options import (
     AutoencoderOptions,
     Count,
@@ -149,7 +151,7 @@ class TrainOptions(FrameOptions, RunOptions):
 class Plan:
     """What is decided before the first step; a run that goes on keeps it."""
 
-    autoencoder: str
+    autoencoder: str  # folder
     sizes: dict[str, Any]
     num_frames: int
     batch_size: int
@@ -212,7 +214,8 @@ def measure_cost(sizes: dict[str, Any], in_channels: int, grid: tuple[int, int],
     is_long = sizes.get("long_patch_size") is not None
     window = min(num_frames, sizes["short_window"]) if is_long else num_frames
     latents = torch.zeros(1, num_frames, in_channels, *grid)
-    labels = torch.zeros(1, num_frames, dtype=torch.long) if sizes.get("num_actions") else None
+    space = ActionSpace.of(sizes)
+    labels = None if space is None else space.null((1, num_frames))
     classes = torch.zeros(1, dtype=torch.long) if sizes.get("num_classes") else None
     clips = Clips(latents, window, labels, classes, ("",)).to(device)
     costs = []
@@ -247,15 +250,6 @@ def measure_cost(sizes: dict[str, Any], in_channels: int, grid: tuple[int, int],
     )
 
 
-def free_memory() -> int:
-    """Bytes that training may use: of the GPU, or of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil  # comes with accelerate
-
-    return int(psutil.virtual_memory().available)
-
-
 def find_batch(cost: Cost, num_parameters: int, num_clips: int) -> int:
     """The largest power of two that memory allows."""
     # Weights, their averages, gradients and the two moments of AdamW take 4 bytes each.
@@ -278,12 +272,14 @@ def count_parameters(sizes: dict[str, Any], in_channels: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def conditions(source: Source) -> dict[str, int]:
-    """`num_actions` and `num_classes` of the model, by the episodes that are examined."""
-    found: dict[str, int] = {}
+def conditions(source: Source) -> dict[str, Any]:
+    """What conditions the model, by the episodes that are examined: `num_actions` and so on."""
+    from .clips import action_options, stack_actions
+
+    found: dict[str, Any] = {}
     actions = [episode.actions for episode in source.split("train").some(16)]
-    if all(values is not None for values in actions):
-        found["num_actions"] = 1 + max(max(values or (0,)) for values in actions)
+    if all(actions):
+        found |= action_options([stack_actions(values) for values in actions if values])
     labels = [episode.class_label for episode in source.split("train").some(16)]
     if all(label is not None for label in labels):
         found["num_classes"] = max(len(source.class_names), *(1 + (label or 0) for label in labels))
@@ -486,7 +482,7 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
             if chosen is None:
                 say(f"interrupted, and saved; {resume}")
                 return 130
-            plan.autoencoder = str(chosen[0].resolve())
+            plan.autoencoder = str(chosen[0])
         encode_all(source, options, plan.autoencoder)
     except KeyboardInterrupt:
         say(f"interrupted; what is done is kept; {resume}")
@@ -526,12 +522,21 @@ def latent_shape(options: TrainOptions) -> tuple[int, int]:
 
 def read_plan(output: Path) -> Plan | None:
     file = output / "plan.json"
-    return Plan(**json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    plan = Plan(**json.loads(file.read_text()))
+    if (inside := output / plan.autoencoder).is_dir():
+        plan.autoencoder = str(inside)
+    return plan
 
 
 def write_plan(output: Path, plan: Plan) -> None:
+    autoencoder, folder = Path(plan.autoencoder).resolve(), output.resolve()
+    values = asdict(plan)
+    if autoencoder.is_relative_to(folder):  # so that a run goes on when its folder was moved
+        values["autoencoder"] = str(autoencoder.relative_to(folder))
     with written_whole(output / "plan.json") as unfinished:
-        unfinished.write_text(json.dumps(asdict(plan), indent=2) + "\n")
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def encode_all(source: Source, options: TrainOptions, autoencoder: str) -> None:
@@ -549,7 +554,7 @@ def encode_all(source: Source, options: TrainOptions, autoencoder: str) -> None:
 
 def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, int]) -> None:
     """Bring the plan in line with all videos, now that each has been read."""
-    from .clips import LatentVideos
+    from .clips import LatentVideos, action_options
 
     splits = [LatentVideos(Path(options.output_dir) / "latents" / split) for split in ("train", "validation")]
     longest = min(max(videos.num_frames) for videos in splits)
@@ -559,10 +564,13 @@ def settle(plan: Plan, options: TrainOptions, source: Source, grid: tuple[int, i
         say(f"clips of {longest} frames: no video, or no held-out one, is longer")
         plan.num_frames = longest
     sizes = choose_sizes(options.size, plan.num_frames, grid)
-    for name, option_name in (("actions", "num_actions"), ("class_labels", "num_classes")):
+    for name in ("actions", "class_labels"):
         values = [value for videos in splits for value in getattr(videos, name)]
         if all(value is not None for value in values):
-            sizes[option_name] = 1 + max(int(value.max()) for value in values)
+            if name == "actions":
+                sizes |= action_options(values)
+            else:
+                sizes["num_classes"] = 1 + max(int(value) for value in values)
         elif any(value is not None for value in values):
             say(f"{name.replace('_', ' ')} are left out: some videos have none")
     if "num_classes" in sizes:
@@ -604,7 +612,7 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan) -> str:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     conditions: dict[str, Any] = {}
-    if plan.sizes.get("num_actions") and episode.actions is not None:
+    if ActionSpace.of(plan.sizes) is not None and episode.actions is not None:
         conditions["actions"] = [episode.actions[number] for number in numbers]
     if plan.sizes.get("num_classes"):
         conditions["class_labels"] = episode.class_label
