@@ -1,4 +1,4 @@
-"""A picture of what is remembered: views that come back, real, and drawn by the model with and without memory.
+"""A picture of what is remembered: views that come back, real, and as drawn with memory and without.
 
     python evaluation/memory_picture.py CHECKPOINT WALKS --output docs/memory.png
 

@@ -74,6 +74,9 @@ class FARAdaLayerNormOut(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
     def forward(self, stream: Tensor, modulation: Tensor) -> Tensor:
+        """`modulation` is `[B, F, 2 D]`, or the condition `[B, F, D]` that it is made of."""
+        if modulation.shape[-1] == self.linear.in_features:
+            modulation = self.linear(modulation)  # here: sharded weights are whole in their module's forward
         scale, shift = modulation.unsqueeze(2).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(stream), 1 + scale)
 
@@ -400,10 +403,7 @@ class FARTransformer3DModel(
             else:
                 streams = block(*inputs)
 
-        if isinstance(condition, Tensor):
-            last = self.norm_out.linear(condition[:, num_long_frames:])
-        else:
-            last = condition[-1]
+        last = condition[:, num_long_frames:] if isinstance(condition, Tensor) else condition[-1]
         sample = unpatchify(
             self.proj_out(self.norm_out(streams[-1], last)), self.config.patch_size, height, width
         )

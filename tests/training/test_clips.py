@@ -113,7 +113,7 @@ def test_a_batch_says_where_it_is_from(videos: LatentVideos) -> None:
 
 
 def test_lengths_of_long_clips_vary_and_agree_between_processes(videos: LatentVideos) -> None:
-    ranks = [ClipBatches(videos, 2, 6, short_window=3, rank=rank) for rank in range(2)]
+    ranks = [ClipBatches(videos, 2, 6, short_window=3, rank=rank, num_ranks=2) for rank in range(2)]
     lengths = [[batches[index].latents.shape[1] for index in range(30)] for batches in ranks]
     assert lengths[0] == lengths[1]
     assert set(lengths[0]) == {3, 4, 5, 6}

@@ -202,11 +202,22 @@ class Clips:
     actions: Tensor | None  # [B, F], -1 where dropped; of groups [B, F, G], of vectors [B, F, A] (NaN)
     class_labels: Tensor | None  # [B], -1 where dropped
     sources: tuple[str, ...]  # where each is from
+    rank: int = 0  # of the process that has these clips of a step; all `num_ranks` have as many
+    num_ranks: int = 1
 
     def to(self, device: torch.device) -> "Clips":
         actions = None if self.actions is None else self.actions.to(device)
         labels = None if self.class_labels is None else self.class_labels.to(device)
         return replace(self, latents=self.latents.to(device), actions=actions, class_labels=labels)
+
+    @property
+    def num_drawn(self) -> int:
+        """Clips of all processes. Random numbers are drawn for all of them, then `own` takes some."""
+        return self.num_ranks * len(self.latents)
+
+    def own(self, draws: Tensor, dim: int = 0) -> Tensor:
+        """Of what was drawn for the clips of all processes, what is for these."""
+        return draws.chunk(self.num_ranks, dim)[self.rank]
 
     @property
     def before(self) -> Tensor:
@@ -223,7 +234,8 @@ class Clips:
 class ClipBatches(Dataset[Clips]):
     """Batch `i` of an endless training set.
 
-    It depends on (seed, i, rank) and nothing else, so that a run can stop and go on anywhere.
+    It depends on (seed, i) and nothing else, so that a run can stop and go on anywhere. Several processes
+    share it out: each draws all clips, and reads its own. So one process with a larger batch learns the same.
 
     A clip is drawn from the videos that are long enough for it; those that are too short for any clip are
     named in a warning.
@@ -233,7 +245,7 @@ class ClipBatches(Dataset[Clips]):
     """
 
     videos: LatentVideos
-    batch_size: int
+    batch_size: int  # of a process
     num_frames: int  # of a clip; of a Long model the longest one
     short_window: int | None = None  # of a Long model, whose clips have a length between it and num_frames
     # Of these lengths. "log_uniform" has more short clips: a long one costs more, and most of what there is
@@ -242,7 +254,8 @@ class ClipBatches(Dataset[Clips]):
     revisit_probability: float = 0.0  # chance of a clip whose window shows a view seen before it
     condition_dropout: float = 0.1  # chance of the label of a video, or the action of a frame, to be dropped
     seed: int = 0
-    rank: int = 0  # of this process; the clip length is the same on all of them
+    rank: int = 0  # of this process, of `num_ranks`
+    num_ranks: int = 1
 
     def __post_init__(self) -> None:
         videos, least, most = self.videos, self.short_window or 1, max(self.videos.num_frames)
@@ -278,8 +291,9 @@ class ClipBatches(Dataset[Clips]):
         if self.short_window is not None:
             num_frames = self._draw_length(np.random.default_rng((self.seed, index)), self.short_window)
         window = min(num_frames, self.short_window or num_frames)
-        rng = np.random.default_rng((self.seed, index, 1 + self.rank))
-        clips = [self._draw_clip(rng, num_frames, window) for _ in range(self.batch_size)]
+        rng = np.random.default_rng((self.seed, index, 1))
+        starts = self._draw_clips(rng, num_frames, window)
+        clips = starts[self.rank * self.batch_size :][: self.batch_size]
         actions = [self.videos.actions[video] for video, _ in clips]
         labels = [self.videos.class_labels[video] for video, _ in clips]
         return Clips(
@@ -294,6 +308,8 @@ class ClipBatches(Dataset[Clips]):
             ),
             class_labels=self._drop(labels, rng),
             sources=tuple(f"{self.videos.paths[video]} from frame {start}" for video, start in clips),
+            rank=self.rank,
+            num_ranks=self.num_ranks,
         )
 
     def _draw_length(self, rng: np.random.Generator, least: int) -> int:
@@ -302,27 +318,33 @@ class ClipBatches(Dataset[Clips]):
             return int(rng.integers(least, self.num_frames, endpoint=True))
         return int(np.exp(rng.uniform(np.log(least), np.log(self.num_frames + 1))))
 
-    def _draw_clip(self, rng: np.random.Generator, num_frames: int, window: int) -> tuple[int, int]:
-        """A video, and where a clip of `num_frames` frames starts in it."""
-        if self._seen_before is not None and rng.random() < self.revisit_probability:
+    def _draw_clips(self, rng: np.random.Generator, num_frames: int, window: int) -> list[tuple[int, int]]:
+        """Of each clip of all processes a video, and where a clip of `num_frames` frames starts in it."""
+        (long_enough,) = np.nonzero(self._lengths >= num_frames)
+        fits = np.empty(0, np.int64)
+        if self._seen_before is not None:
             video, frame, age = self._seen_before.T
             # The window has the frame that is seen again, the clip has the frame where it was seen before.
             first_end = np.maximum(num_frames, frame + 1)
-            last_end = np.minimum(np.asarray(self.videos.num_frames)[video], frame + window)
+            last_end = np.minimum(self._lengths[video], frame + window)
             fits = np.flatnonzero((first_end <= last_end) & (age <= num_frames - window))
-            if len(fits):
+        clips = []
+        for _ in range(self.num_ranks * self.batch_size):
+            if self._seen_before is not None and rng.random() < self.revisit_probability and len(fits):
                 chosen = rng.choice(fits)
                 end = int(rng.integers(first_end[chosen], last_end[chosen], endpoint=True))
-                return int(video[chosen]), end - num_frames
-        (long_enough,) = np.nonzero(self._lengths >= num_frames)
-        drawn = int(long_enough[rng.integers(len(long_enough))])
-        return drawn, int(rng.integers(self.videos.num_frames[drawn] - num_frames, endpoint=True))
+                clips.append((int(video[chosen]), end - num_frames))
+            else:
+                drawn = int(long_enough[rng.integers(len(long_enough))])
+                clips.append((drawn, int(rng.integers(self._lengths[drawn] - num_frames, endpoint=True))))
+        return clips
 
     def _drop(self, conditions: list[Tensor | None], rng: np.random.Generator) -> Tensor | None:
         if conditions[0] is None:
             return None
         stacked = torch.stack(conditions)  # type: ignore[arg-type]
-        dropped = torch.from_numpy(rng.random(stacked.shape[:2]) < self.condition_dropout)
+        draws = rng.random((self.num_ranks, *stacked.shape[:2]))[self.rank]
+        dropped = torch.from_numpy(draws < self.condition_dropout)
         dropped = dropped.reshape(*dropped.shape, *(1,) * (stacked.ndim - dropped.ndim))
         null = math.nan if stacked.is_floating_point() else -1  # the model's null condition
         return torch.where(dropped, null, stacked)

@@ -1,7 +1,8 @@
 """What FAR learns: flow matching (section 3 of the paper), and from a trained model its flow map.
 
 An objective draws the noise of a batch of clips and measures what the model makes of it: `loss(clips,
-generator)`. All draws come from the CPU generator, so a run can stop and go on anywhere.
+generator)`. All draws come from the CPU generator, so a run can stop and go on anywhere. It is the same in
+all processes, so that chances which concern the whole batch fall alike.
 
 Shapes: B batch, F frames, W frames of the window, C channels, H x W latent grid.
 """
@@ -52,9 +53,8 @@ class FlowMatching:
     def loss(self, clips: Clips, generator: torch.Generator) -> Tensor:
         """Squared error of the velocity, mean over noisy frames: `[]`."""
         noise, sigmas = draw_noise(clips, generator)
-        clean = sample_clean_frames(
-            (len(noise), clips.window), self.clean_context_probability, generator=generator
-        )
+        shape = (clips.num_drawn, clips.window)
+        clean = clips.own(sample_clean_frames(shape, self.clean_context_probability, generator=generator))
         own_context = chance(self.own_context_probability, generator)
         if chance(self.noisy_window_probability, generator):
             clean, sigmas, own_context = torch.zeros_like(clean), sigmas[:, :1].expand(sigmas.shape), False
@@ -100,7 +100,8 @@ class FlowMap:
     def loss(self, clips: Clips, generator: torch.Generator) -> Tensor:
         """Squared error of the mean velocity: `[]`."""
         noise, sigmas = draw_noise(clips, generator)
-        start, end = sample_flow_map_steps(sigmas.shape, generator=generator).to(noise.device)
+        steps = sample_flow_map_steps((clips.num_drawn, clips.window), generator=generator)
+        start, end = clips.own(steps, dim=1).to(noise.device)
         own_context = chance(self.own_context_probability, generator)
         window = estimate_window(self.teacher, clips, noise, sigmas) if own_context else clips.target
         frames = add_noise(clips.target, noise, start)
@@ -164,9 +165,9 @@ class FlowMap:
 def draw_noise(clips: Clips, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise `[B, W, C, H, W]` for the window, and its share `[B, W]` in each frame."""
     window = clips.target
-    noise = torch.randn(window.shape, generator=generator)
-    sigmas = sample_sigmas((window.shape[0], window.shape[1]), generator)
-    return noise.to(window.device), sigmas.to(window.device)
+    noise = torch.randn(clips.num_drawn, *window.shape[1:], generator=generator)
+    sigmas = sample_sigmas((clips.num_drawn, clips.window), generator)
+    return clips.own(noise).to(window.device), clips.own(sigmas).to(window.device)
 
 
 def chance(probability: float, generator: torch.Generator) -> bool:

@@ -9,6 +9,7 @@ from diffusers import AutoencoderDC
 
 from ..hub import fill_model_card
 from ..pipeline_far_video import FARVideoPipeline
+from ..transformer_far import FARTransformer3DModel
 from .make_pipeline import make_scheduler, save_pipeline
 from .options import FAROptions, ModelOptions
 from .train_far import FARTrainer
@@ -63,8 +64,8 @@ class PipelineTrainer(FARTrainer):
         if self.options.lora_rank is None:
             self.run.export("pipeline", self._write_pipeline)
 
-    def _write_pipeline(self, folder: Path) -> None:
-        pipeline = FARVideoPipeline(self.network, **self._parts)
+    def _write_pipeline(self, model: FARTransformer3DModel, folder: Path) -> None:
+        pipeline = FARVideoPipeline(model, **self._parts)
         save_pipeline(pipeline, folder)
         output = Path(self.options.output_dir)
         came_from = "Trained" if self.pretrained is None else f"Fine-tuned from {self.pretrained.name}"

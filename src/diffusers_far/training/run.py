@@ -3,13 +3,14 @@
     OUTPUT/arguments.json           options of the run
     OUTPUT/log.jsonl                a line every `logging_steps`
     OUTPUT/checkpoint-<step>/       what `resume_from` goes on from: run.json (step, seconds, which model and
-                                    data), averaged.safetensors, and what accelerate saves
+                                    data), averaged.safetensors, what accelerate saves; with FSDP2 sharded/
     OUTPUT/<weights>/               averaged weights, as `from_pretrained` reads them
 
 Folders are written beside their place, brought to the disk and renamed: what has the name is whole. Nothing
 of a checkpoint is read in a way that could run code of its own.
 """
 
+import copy
 import json
 import logging
 import math
@@ -35,9 +36,11 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
+from . import sharded
 from .options import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ logger = logging.getLogger(__name__)
 # What reading a checkpoint raises when a file of it is cut, emptied, missing, or of another model.
 DAMAGE = (
     *(SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError),
-    *(EOFError, OSError),
+    *(EOFError, OSError, CheckpointException),
 )
 
 
@@ -148,14 +151,17 @@ class Run:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else processes on CPUs know nothing of each other
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
             project_dir=options.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
+        self.is_sharded = sharded.is_sharded(self.accelerator)
         set_seed(options.seed)
-        self.received_signal: int | None = None
+        self.received_signal: int | None = None  # that ends the run, in all processes after the same step
+        self._own_signal = 0
         self._resumed_step = self._saved_step = -1
 
     def prepare(
@@ -178,12 +184,16 @@ class Run:
         options = self.options
         known = {name: value for name, value in config.items() if not name.startswith("_")}
         self.identity = json.loads(json.dumps({"model": known, "data": data}))
+        self.clock = Clock(options, optimizers[0])
+        if self.is_sharded:
+            self._empty = copy.deepcopy(model).to("meta")
+            sharded.plan_sharding(self.accelerator, model)
+        prepared, *prepared_optimizers = self.accelerator.prepare(model, *optimizers)
+        if self.is_sharded:
+            sharded.autocast(self.accelerator, prepared)
         self.ema = EMAModel(
             model.parameters(), options.ema_decay, use_ema_warmup=True, power=options.ema_power, foreach=True
         )
-        self.clock = Clock(options, optimizers[0])
-        prepared, *prepared_optimizers = self.accelerator.prepare(model, *optimizers)
-        self.ema.to(self.accelerator.device)
         self.model, self.optimizers = model, prepared_optimizers
         self.arguments = {**arguments, **asdict(options)}
         return prepared, prepared_optimizers
@@ -278,7 +288,7 @@ class Run:
         if accelerator.sync_gradients:
             for optimizer in optimizers:
                 accelerator.unscale_gradients(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+            norm = float(sharded.whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
             if accelerator.mixed_precision != "fp16":  # whose scaler leaves out such a step
                 self._require_finite("norm of the gradient", norm, sources)
             values["grad_norm"] = norm
@@ -287,21 +297,46 @@ class Run:
             optimizer.zero_grad()
         return values
 
-    def generator(self, index: int, seed: int | None = None) -> torch.Generator:
-        """Of all draws of this process for batch `index`, on the CPU; by default with the seed of the run."""
+    def generator(self, index: int, seed: int | None = None, rank: int = 0) -> torch.Generator:
+        """Of all draws for batch `index`, on the CPU; by default with the seed of the run.
+
+        Args:
+            rank: of the process, where each has draws of its own.
+        """
         seed = self.options.seed if seed is None else seed
-        draw = np.random.default_rng((seed, index, 1 + self.accelerator.process_index, 1)).integers(2**62)
+        draw = np.random.default_rng((seed, index, 1 + rank, 1)).integers(2**62)
         return torch.Generator().manual_seed(int(draw))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model holds the averaged weights."""
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
+        self._exchange_weights()
         try:
             yield
         finally:
-            self.ema.restore(self.model.parameters())
+            self._exchange_weights()
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[Any]:
+        """The model with the averaged weights, whole in each process; all must ask for it."""
+        if not self.is_sharded:
+            with self.averaged_weights():
+                yield self.model
+            return
+        model = copy.deepcopy(self._empty)
+        weights = {name: sharded.whole(weight) for name, weight in self._averaged().items()}
+        model.load_state_dict(weights, assign=True)
+        yield model.requires_grad_(False)
+
+    @torch.no_grad()
+    def _exchange_weights(self) -> None:
+        """The model gets the averaged weights, and they its own; a second time undoes it."""
+        if self.is_sharded:
+            sharded.share_out_again(self.model)
+        for weight, averaged in zip(self.model.parameters(), self.ema.shadow_params, strict=True):
+            kept = weight.detach().clone()
+            weight.detach().copy_(averaged)
+            averaged.copy_(kept)
 
     def _averaged(self) -> dict[str, Tensor]:
         names = [name for name, _ in self.model.named_parameters()]
@@ -331,15 +366,15 @@ class Run:
     def _tick(self) -> None:
         self.clock.tick()
         if self.accelerator.num_processes > 1:  # all processes agree on the time, and on stopping
-            state = torch.tensor(
-                [self.clock.seconds, self.received_signal or 0], device=self.accelerator.device
-            )
-            self.clock.seconds, stop = self.accelerator.reduce(state, "mean").tolist()
-            if stop > 0 and self.received_signal is None:
-                self.received_signal = signal.SIGTERM
+            own = torch.tensor([[self.clock.seconds, self._own_signal]], device=self.accelerator.device)
+            seconds, signals = self.accelerator.gather(own).T
+            self.clock.seconds, received = float(seconds.mean()), int(signals.max())
+        else:
+            received = self._own_signal
+        self.received_signal = received or None
 
     def _stop(self, number: int, _: Any) -> None:
-        self.received_signal = number
+        self._own_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     # --------------------------------------------------------------------------------------------------------
@@ -353,8 +388,10 @@ class Run:
         """Checkpoint and weights of this step, unless they are there."""
         if self.clock.step == self._saved_step:
             return
-        for name, weight in (*self.model.named_parameters(), *self._averaged().items()):
-            self._require_finite(name, float(weight.detach().abs().amax()))
+        named = [*self.model.named_parameters(), *self._averaged().items()]
+        sums = torch.stack([sharded.own_part(weight.detach()).abs().sum() for _, weight in named])
+        for (name, _), value in zip(named, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+            self._require_finite(f"sum of {name}", value)
         if self.clock.step != self._resumed_step:
             self._save_checkpoint()
         trainee.save_weights()
@@ -365,10 +402,14 @@ class Run:
         accelerator, clock = self.accelerator, self.clock
         with self._replacement(f"checkpoint-{clock.step:07d}") as partial:
             accelerator.wait_for_everyone()  # every process has a file of its own in it
-            accelerator.save_state(str(partial))
+            averaged = {name: weight.contiguous() for name, weight in self._averaged().items()}
+            if self.is_sharded:
+                sharded.save(partial / sharded.FOLDER, self.model, averaged, self._inner_optimizers())
+            else:
+                accelerator.save_state(str(partial))
             if accelerator.is_main_process:
-                averaged = {name: weight.contiguous() for name, weight in self._averaged().items()}
-                save_file(averaged, partial / "averaged.safetensors")
+                if not self.is_sharded:
+                    save_file(averaged, partial / "averaged.safetensors")
                 state = {"step": clock.step, "seconds": clock.seconds, "saved_at": time.time()}
                 (partial / "run.json").write_text(json.dumps(state | self.identity) + "\n")
             accelerator.wait_for_everyone()
@@ -376,11 +417,19 @@ class Run:
             for old in self.checkpoints()[: -self.options.keep_checkpoints]:
                 _remove(old)
 
-    def export(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Write a folder of averaged weights, which takes the place of an earlier one when it is complete."""
-        if self.accelerator.is_main_process:
-            with self.averaged_weights(), self._replacement(name) as partial:
-                write(partial)
+    def _inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer.optimizer for optimizer in self.optimizers]  # in those that accelerate puts around
+
+    def export(self, name: str, write: Callable[[Any, Path], Any]) -> None:
+        """Write a folder, which takes the place of an earlier one when it is complete.
+
+        Args:
+            write: of the main process; gets the model with averaged weights, and the folder.
+        """
+        with self.averaged_model() as model:
+            if self.accelerator.is_main_process:
+                with self._replacement(name) as partial:
+                    write(model, partial)
 
     def _resume(self) -> None:
         name = self.options.resume_from
@@ -402,6 +451,11 @@ class Run:
                         f"resume_from: {folder} was trained with {difference}; it takes the same "
                         f"{kind}, or a new output_dir"
                     )
+            if self.is_sharded and not (folder / sharded.FOLDER).is_dir():
+                raise _OtherRun(
+                    f"resume_from: {folder} was saved without FSDP; go on without it, or begin a new run "
+                    "with its averaged weights as pretrained"
+                )
             self._load(folder, state)
             self.clock.step, self.clock.seconds = int(state["step"]), float(state["seconds"])
         except _OtherRun:
@@ -426,6 +480,9 @@ class Run:
         return state
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
+        if (folder / sharded.FOLDER).is_dir():
+            sharded.load(folder / sharded.FOLDER, self.model, self._averaged(), self._inner_optimizers())
+            return
         if "shadow_params" in state:
             averaged = dict(zip(self._averaged(), state["shadow_params"], strict=True))
         else:
@@ -473,7 +530,7 @@ class Run:
 
 
 class _OtherRun(ValueError):
-    """A checkpoint that is whole, but of other data or another model."""
+    """A checkpoint that is whole, but of other data, another model or another kind of run."""
 
 
 def _difference(earlier: Any, now: Any) -> str:

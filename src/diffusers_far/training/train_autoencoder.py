@@ -84,6 +84,10 @@ class AutoencoderTrainer:
     def __init__(self, options: AutoencoderOptions) -> None:
         self.options = options
         self.run = Run("autoencoder", options)
+        if self.run.is_sharded:
+            raise ValueError(
+                "fsdp_version=2 of accelerate: an autoencoder is small, and trained without FSDP"
+            )
         accelerator, device = self.run.accelerator, self.run.accelerator.device
         cache_dir = options.cache_dir or f"{options.data.rstrip('/')}.cache"
         source = open_source(options.data, ignore_actions=True, camera=options.camera)
@@ -141,7 +145,7 @@ class AutoencoderTrainer:
         factor = self.autoencoder.spatial_compression_ratio
         grid = (inputs.shape[-2] // factor, inputs.shape[-1] // factor)
         transform = draw_transform(grid, self.options, index, accelerator.process_index)
-        decoded = self.model(inputs, run.generator(index), transform)
+        decoded = self.model(inputs, run.generator(index, rank=accelerator.process_index), transform)
         if transform is not None:
             inputs = transform(inputs, factor)
         loss, max_norm = self.loss(inputs, decoded), self.options.max_grad_norm
@@ -178,7 +182,7 @@ class AutoencoderTrainer:
     def save_weights(self) -> None:
         """Nothing: the autoencoder is written at the end, when its scaling factor is measured."""
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, _: nn.Module, folder: Path) -> None:
         autoencoder, options = self.autoencoder, self.options
         if not options.freeze_encoder:
             sample = spread(self.frames, options.num_scaling_frames)

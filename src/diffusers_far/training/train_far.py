@@ -118,6 +118,7 @@ class FARTrainer:
             0.0 if held_out else options.condition_dropout,
             seed=1 if held_out else options.seed,
             rank=self.run.accelerator.process_index,
+            num_ranks=self.run.accelerator.num_processes,
         )
 
     def train(self) -> bool:
@@ -184,16 +185,16 @@ class FARTrainer:
 
     def save_weights(self) -> None:
         if self.options.lora_rank is None:
-            self.run.export("ema", self.network.save_pretrained)
+            self.run.export("ema", FARTransformer3DModel.save_pretrained)
         else:
             self.run.export("lora", self._write_lora)
 
-    def _write_lora(self, folder: Path) -> None:
-        save_lora(self.network, folder)
+    def _write_lora(self, model: FARTransformer3DModel, folder: Path) -> None:
+        save_lora(model, folder)
         assert self.pretrained is not None
         output = Path(self.options.output_dir)
         card = fill_lora_card(
-            self.network,
+            model,
             self.pretrained.name,
             str(output / "lora"),
             training=self.training_facts(),
