@@ -23,7 +23,8 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
+from diffusers_far.pipeline_far_video import AUTO_SLOPE
 from tests.tiny_models import (
     TOLERANCE,
     generator,
@@ -69,6 +70,24 @@ def test_defaults_come_from_the_checkpoint() -> None:
         frames, call(pipeline(), height=32, width=32, num_inference_steps=2, flex_rope_slope=0.3)
     )
     assert max_error(frames, call(pipe, flex_rope_slope=0.0)) > 1e-4
+
+
+@pytest.mark.parametrize("model", [transformer(num_actions=4), long_transformer(num_actions=4)])
+def test_automatic_slope_is_for_contexts_longer_than_trained(model: FARTransformer3DModel) -> None:
+    pipe = pipeline(model, num_training_frames=8)
+    for schedule, slope in (
+        (None, 0.0),
+        (ContextSchedule(num_sink_frames=2), 0.0),
+        (ContextSchedule(max_short_frames=3, max_long_frames=4), 0.0),
+        (ContextSchedule(max_short_frames=9, max_long_frames=9), AUTO_SLOPE / 8),
+        (ContextSchedule.unbounded(), AUTO_SLOPE / 8),
+    ):
+        rollout = pipe.rollout(flex_rope_slope="auto", context_schedule=schedule)
+        assert rollout.flex_rope_slope == slope, schedule
+    with pytest.raises(ValueError, match="'auto' takes a checkpoint with num_training_frames"):
+        pipeline(model).rollout(flex_rope_slope="auto")
+    with pytest.raises(ValueError, match="flex_rope_slope='most' must be 0"):
+        pipe.rollout(flex_rope_slope="most")
 
 
 def test_default_size_is_one_number_or_two(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ class FrameCount(click.ParamType):  # type: ignore[type-arg] # generic only in n
         return click.INT.convert(value, param, ctx)
 
 
+class Slope(click.ParamType):  # type: ignore[type-arg]
+    """A number, or "auto"."""
+
+    name = "slope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.FLOAT.convert(value, param, ctx)
+
+
 class Command(click.Command):
     """A wrong argument, file or disk ends with one line instead of a traceback, and with exit code 1."""
 
@@ -87,7 +96,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--class-labels", type=int, help="Class of the video."),
         click.option("--guidance-scale", type=float, default=1.0, show_default=True),
         click.option("--num-inference-steps", type=int, help="Per frame; default: the checkpoint's."),
-        click.option("--flex-rope-slope", type=float, help="Default: the checkpoint's."),
+        click.option("--flex-rope-slope", type=Slope(), help="A number, or auto. Default: the checkpoint's."),
         click.option(
             "--max-short-frames", type=FrameCount(), default="trained", show_default=True, help=KEPT
         ),

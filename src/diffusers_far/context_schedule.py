@@ -83,6 +83,20 @@ class ContextSchedule:
             long = max(0, left - window) if left is not None else None
         return replace(self, max_short_frames=short, max_long_frames=long)
 
+    def most_frames(self, short_window: int | None, num_training_frames: int | None) -> int | None:
+        """Frames of the longest context, the new one included; None if there is no bound.
+
+        Args:
+            short_window, num_training_frames: as in [`for_model`](ContextSchedule.for_model).
+        """
+        settled = self.for_model(short_window, num_training_frames)
+        short, long = settled.max_short_frames, settled.max_long_frames
+        if short_window is None:
+            return None if short is None else int(short) + self.num_sink_frames
+        if long is None:
+            return None
+        return min(short_window, int(short or short_window)) + int(long) + self.num_sink_frames
+
     def context(self, num_frames: int, short_window: int | None = None) -> ContextFrames:
         """Context of frame `num_frames`, when frames 0 to `num_frames - 1` exist.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from .transformer_far import FARTransformer3DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | list[torch.Generator]
+Slope = float | Literal["auto"]
+
+AUTO_SLOPE = 1.0  # of `flex_rope_slope="auto"` beyond the training length, times its frames: docs/context.md
 StepCallback = Callable[["FARVideoPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
@@ -245,7 +248,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         actions: Labels | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
-        flex_rope_slope: float | None = None,
+        flex_rope_slope: Slope | None = None,
         rope_interpolation: float = 1.0,
         context_schedule: ContextSchedule | None = None,
         generator: Generators | None = None,
@@ -276,6 +279,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 above 1 guides: null + scale * (conditioned - null).
             num_inference_steps: denoising steps per frame; by default the checkpoint's.
             flex_rope_slope: FlexRoPE's decay of logits per frame of distance; by default the checkpoint's.
+                "auto": 0 where the context stays within the frames that the model was trained with, else what
+                measured best beyond them (docs/context.md).
             rope_interpolation: divide RoPE's frame positions by this ratio, for comparison with FlexRoPE.
             context_schedule: what is kept as context; by default as many frames as the model was trained with
                 (`num_training_frames` of the checkpoint), the newest ones.
@@ -450,7 +455,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         class_labels: Labels | None = None,
         guidance_scale: float = 1.0,
         num_inference_steps: int | None = None,
-        flex_rope_slope: float | None = None,
+        flex_rope_slope: Slope | None = None,
         rope_interpolation: float = 1.0,
         context_schedule: ContextSchedule | None = None,
         generator: Generators | None = None,
@@ -519,7 +524,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         use_cache: bool,
         output_type: str,
         num_inference_steps: int | None,
-        flex_rope_slope: float | None,
+        flex_rope_slope: Slope | None,
         max_rewind_frames: int = 64,
         **settings: Any,
     ) -> tuple[Rollout, Tensor | None, Tensor | None]:
@@ -535,6 +540,8 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             num_inference_steps = self.config.num_inference_steps
         if flex_rope_slope is None:
             flex_rope_slope = self.config.flex_rope_slope
+        if flex_rope_slope == "auto":
+            flex_rope_slope = self._auto_slope(settings["context_schedule"])
         settings |= {"num_inference_steps": num_inference_steps, "flex_rope_slope": flex_rope_slope}
         self.check_inputs(output_type, **settings)
         check_integer("max_rewind_frames", max_rewind_frames, minimum=0)
@@ -588,6 +595,18 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"generator={generator!r} must be a torch.Generator, a list of them, or None")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {OUTPUT_TYPES}")
+
+    def _auto_slope(self, schedule: Any) -> float:
+        """What `flex_rope_slope="auto"` stands for."""
+        trained = self.config.num_training_frames
+        if trained is None:
+            raise ValueError(
+                "flex_rope_slope='auto' takes a checkpoint with num_training_frames; it must be a number here"
+            )
+        if not isinstance(schedule, ContextSchedule):
+            schedule = ContextSchedule()
+        most = schedule.most_frames(self.transformer.short_window, trained)
+        return 0.0 if most is not None and most <= trained else AUTO_SLOPE / trained
 
     def _prepare_context(
         self,

@@ -45,7 +45,9 @@ def check_settings(
     config = transformer.config
     check_scheduler(scheduler, config.use_meanflow)
     check_number("guidance_scale", guidance_scale, "0 (null condition only), 1 (none), or more than 0")
-    check_number("flex_rope_slope", flex_rope_slope, "0 (plain RoPE) or a positive decay per frame")
+    check_number(
+        "flex_rope_slope", flex_rope_slope, "0 (plain RoPE), a positive decay per frame or, in a call, 'auto'"
+    )
     check_number("rope_interpolation", rope_interpolation, "a positive ratio; 1 changes nothing")
     check_integer("num_inference_steps", num_inference_steps, minimum=1)
     if rope_interpolation == 0:
