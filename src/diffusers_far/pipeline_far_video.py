@@ -46,7 +46,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Generators = torch.Generator | list[torch.Generator]
 Slope = float | Literal["auto"]
 
-AUTO_SLOPE = 1.0  # of `flex_rope_slope="auto"` beyond the training length, times its frames: docs/context.md
+AUTO_SLOPE = 4.0  # of `flex_rope_slope="auto"` beyond the training length, times its frames: docs/context.md
 StepCallback = Callable[["FARVideoPipeline", int, Tensor, dict[str, Any]], dict[str, Any]]
 
 

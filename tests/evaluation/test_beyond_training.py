@@ -1,0 +1,65 @@
+"""evaluation/beyond_training.py: ways to show a long context to a model."""
+
+import pytest
+import torch
+
+from diffusers_far.memory_loss import memory_loss
+from evaluation.beyond_training import LoweredFrequency, frequency_for, ways, window_loss
+from tests.tiny_models import TOLERANCE, latents, long_transformer, relative_error
+
+TRAINED, FRAMES = 8, 20
+
+
+def test_the_newest_frames_within_the_training_length_have_the_loss_of_memory() -> None:
+    model = long_transformer(num_actions=4)
+    window = model.short_window
+    assert window is not None
+    videos = latents(2, TRAINED)
+    noise = torch.randn(videos[:, -window:].shape, generator=torch.Generator().manual_seed(3))
+    alone, newest = ways(TRAINED, window, TRAINED, [1.0])
+    actions = torch.zeros(2, TRAINED, dtype=torch.long)
+    losses = memory_loss(model, videos, actions, TRAINED, torch.Generator().manual_seed(3))
+    for way, name in ((alone, "none"), (newest, "right")):
+        loss = window_loss(model, way, videos, actions, noise, TRAINED).mean()
+        assert loss.item() == pytest.approx(losses[name], rel=1e-4)
+
+
+def test_ways_beyond_the_training_length() -> None:
+    model = long_transformer(num_actions=4)
+    window = model.short_window
+    assert window is not None
+    videos = latents(2, FRAMES)
+    noise = torch.randn(videos[:, -window:].shape, generator=torch.Generator().manual_seed(3))
+    actions = torch.zeros(2, FRAMES, dtype=torch.long)
+    found = {way.name: way for way in ways(FRAMES, window, TRAINED, [1.0, 4.0])}
+    for way in found.values():
+        assert len(way.kept) == len(way.positions) and way.positions[-1] == FRAMES - 1
+        assert (way.positions.diff() > 0).all()
+    assert found["newest"].kept.tolist() == list(range(FRAMES - TRAINED, FRAMES))
+    assert found["sinks"].kept.tolist() == [0, 1, 2, 3, *range(FRAMES - TRAINED + 4, FRAMES)]
+    assert found["sinks"].positions.tolist() == found["newest"].positions.tolist()
+    assert found["slope 4"].flex_rope_slope == 4 / TRAINED
+    assert FRAMES - 1 - found["re-indexed"].positions[0] <= TRAINED
+    losses = {
+        name: window_loss(model, way, videos, actions, noise, TRAINED).mean().item()
+        for name, way in found.items()
+    }
+    assert len({round(loss, 7) for loss in losses.values()}) == len(losses)  # each way is another one
+
+
+def test_riflex_slows_one_frequency_of_time() -> None:
+    model = long_transformer()
+    (riflex,) = [way for way in ways(FRAMES, 3, TRAINED, []) if way.is_riflex]
+    own = model.pos_embed
+    coordinates = torch.tensor([[0.0, 2, 3], [5, 0, 1], [19, 1, 1]])
+    with frequency_for(model, riflex, TRAINED, FRAMES):
+        assert isinstance(model.pos_embed, LoweredFrequency)
+        lowered = model.pos_embed(coordinates)
+        channels, ratio = model.pos_embed.channels, model.pos_embed.ratio
+    assert model.pos_embed is own and ratio < 1
+    slower = coordinates * torch.tensor([ratio, 1, 1])
+    for table, plain, expected in zip(lowered, own(coordinates), own(slower), strict=True):
+        assert relative_error(table[:, channels], expected[:, channels]) <= TOLERANCE
+        others = torch.ones(table.shape[1], dtype=torch.bool)
+        others[channels] = False
+        assert torch.equal(table[:, others], plain[:, others])
