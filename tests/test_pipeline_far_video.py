@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,21 @@ def test_save_and_load(tmp_path: Path) -> None:
     settings = ("flex_rope_slope", "num_inference_steps", "sample_size", "action_names")
     assert [loaded.config[name] for name in settings] == [0.2, STEPS, 64, names]
     assert torch.equal(call(loaded, num_frames=7), call(pipe, num_frames=7))
+
+
+def test_automatic_slope_is_kept_with_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # so that caplog has its warnings
+    model = long_transformer(num_actions=4)
+    pipeline(model, flex_rope_slope="auto", num_training_frames=8).save_pretrained(tmp_path)
+    loaded = FARVideoPipeline.from_pretrained(tmp_path)
+    assert "flex_rope_slope" not in caplog.text  # diffusers warns of an option of another type
+    assert loaded.config.flex_rope_slope == "auto"
+    assert loaded.rollout().flex_rope_slope == 0
+    unbounded = ContextSchedule.unbounded()
+    assert loaded.rollout(context_schedule=unbounded).flex_rope_slope == AUTO_SLOPE / 8
+    assert loaded.rollout(context_schedule=unbounded, flex_rope_slope=0.2).flex_rope_slope == 0.2
 
 
 def test_action_names_are_as_many_as_actions() -> None:

@@ -95,7 +95,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         transformer: FAR, base or Long.
         vae: autoencoder of single frames; its `scaling_factor` is the only normalisation of the latents.
         scheduler: flow-matching scheduler; Euler (`FlowMatchEulerDiscreteScheduler`) is published.
-        flex_rope_slope: default temporal decay of FlexRoPE, kept with the checkpoint.
+        flex_rope_slope: default temporal decay of FlexRoPE, or "auto" as in a call, kept with the checkpoint.
         num_inference_steps: default denoising steps per frame, kept with the checkpoint.
         sample_size: default size of videos in pixels, kept with the checkpoint: one number, or (height,
             width).
@@ -114,7 +114,7 @@ class FARVideoPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         transformer: FARTransformer3DModel,
         vae: AutoencoderDC,
         scheduler: SchedulerMixin,
-        flex_rope_slope: float = 0.0,
+        flex_rope_slope: float | str = 0.0,  # diffusers checks types, and knows no Literal
         num_inference_steps: int = 50,
         sample_size: int | Sequence[int] | None = None,
         action_names: ActionNames | None = None,

@@ -59,6 +59,13 @@ def test_a_game_by_messages(server: PlayServer) -> None:
     assert server.leave({"player": PLAYER}) == {} and server.players.num_players == 0
 
 
+def test_fields_begin_with_a_number_where_the_checkpoint_says_auto() -> None:
+    for default, slope in (("auto", 0.0), (0.2, 0.2)):
+        pipe = pipeline(long_transformer(num_actions=4), num_training_frames=8, flex_rope_slope=default)
+        assert PlayServer(pipe, Players(), []).options({})["flex_rope_slope"] == slope
+        assert forms.game_settings(pipe, 1, None).flex_rope_slope == slope  # an empty field
+
+
 def test_options_of_a_model_without_actions() -> None:
     options = PlayServer(pipeline(transformer()), Players(), []).options({})
     assert (options["actions"], options["num_actions"], options["starts"]) == (None, None, [])

@@ -15,6 +15,7 @@ from .forms import (
     MAX_SEED,
     action_table,
     check_work,
+    default_slope,
     example_actions,
     game_settings,
     known_actions,
@@ -35,7 +36,6 @@ def continue_tab(
     pipeline: FARVideoPipeline, players: Players, visitors: Visitors, size: tuple[int, int]
 ) -> None:
     """Components and events of the tab."""
-    config = pipeline.config
     with gr.Row():
         with gr.Column():
             file = gr.File(
@@ -64,7 +64,7 @@ def continue_tab(
                 info=f"What to do in each new frame, with counts: {known_actions(pipeline)}.",
                 visible=pipeline.transformer.action_space is not None,
             )
-            steps, slope, seed = sampling_fields(pipeline, config.flex_rope_slope)
+            steps, slope, seed = sampling_fields(pipeline, default_slope(pipeline))
             button = gr.Button("Continue", variant="primary", elem_id="continue-run")
         with gr.Column():
             frame = gr.Image(label="Newest frame", height=320, elem_id="continue-frame")

@@ -117,12 +117,18 @@ def sampling_fields(pipeline: FARVideoPipeline, slope: float) -> tuple[gr.Slider
     )
 
 
+def default_slope(pipeline: FARVideoPipeline) -> float:
+    """The slope that the fields begin with; a game keeps no more than was trained, where "auto" is 0."""
+    slope = pipeline.config.flex_rope_slope
+    return 0.0 if slope == "auto" else float(slope)
+
+
 def game_settings(pipeline: FARVideoPipeline, steps: Any, slope: Any) -> GameSettings:
     """Settings of the fields that the tabs have in common."""
     config = pipeline.config
     return GameSettings(
         whole_number("Denoising steps", steps, config.num_inference_steps, 1, MAX_STEPS),
-        flex_rope_slope=number("FlexRoPE slope", slope, config.flex_rope_slope, 0, MAX_SLOPE),
+        flex_rope_slope=number("FlexRoPE slope", slope, default_slope(pipeline), 0, MAX_SLOPE),
     )
 
 

@@ -14,7 +14,7 @@ from ..actions import ActionSpace
 from ..inputs import group_names
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
-from .forms import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, shown
+from .forms import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, default_slope, shown
 from .pictures import FRAMES_PER_SECOND, data_url, enlarged, picture
 from .players import Game, GameFrame, GameSettings, Players, VisitorError
 from .starts import Start
@@ -93,7 +93,7 @@ class PlayServer:
             "guidance": space is not None,
             "long": model.is_long,
             "num_inference_steps": config.num_inference_steps,
-            "flex_rope_slope": config.flex_rope_slope,
+            "flex_rope_slope": default_slope(self.pipeline),
             "starts": [picture(start.frames[-1]) for start in self.starts],
             "max_image_bytes": MAX_IMAGE_BYTES,
             "max_image_pixels": MAX_IMAGE_PIXELS,
