@@ -19,6 +19,8 @@ The ways, T being the frames of the longest clip of training (`num_training_fram
 - `RIFLEx` (arXiv 2502.15894): the frequency of time whose period is nearest to T is lowered to one period in
   the whole context;
 - `re-indexed`: distances up to T / 2 as they are, longer ones squeezed between T / 2 and T.
+
+RESULTS.json is written after every row, and the same command goes on with what is in it.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,17 +153,29 @@ def window_loss(
 
 
 def measure_losses(
-    pipeline: FARVideoPipeline, latents: Tensor, actions: Tensor, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows by number of frames and way; all with the same targets, `options.ends` in every episode."""
+    pipeline: FARVideoPipeline,
+    latents: Tensor,
+    actions: Tensor,
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Add rows by number of frames and way; all with the same targets, `options.ends` in every episode.
+
+    Args:
+        rows: those measured before are not measured again.
+        save: called after every row.
+    """
     model, trained = pipeline.transformer, pipeline.config.num_training_frames
     window = model.short_window
     ends = [latents.shape[1] - APART * index for index in range(options.ends)]
     shape = (len(ends), len(latents), window, *latents.shape[2:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
-    rows = []
+    done = {(row["frames"], row["way"]) for row in rows}
     for num_frames in options.lengths:
         for way in ways(num_frames, window, trained, options.slopes):
+            if (num_frames, way.name) in done:
+                continue
             losses = [
                 window_loss(
                     model,
@@ -178,7 +192,7 @@ def measure_losses(
             row = {"frames": num_frames, "way": way.name, "loss": by_clip.mean().item()}
             rows.append(row | {"by_clip": [round(value, 4) for value in by_clip.tolist()]})
             print(f"{num_frames} {way.name}: {row['loss']:.4f}", file=sys.stderr, flush=True)
-    return rows
+            save()
 
 
 def measure_predictions(
@@ -187,8 +201,11 @@ def measure_predictions(
     latents: Tensor,
     actions: Tensor,
     options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Rows by way, for the last frames of every episode after the longest context."""
+    rows: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Add rows by way, for the last frames of every episode after the longest context; `rows` and `save` as
+    of [`measure_losses`]."""
     measure, trained = Measure(pipeline, options.batch_size), pipeline.config.num_training_frames
     length = max(options.lengths)
     unbounded = ContextSchedule.unbounded()
@@ -203,8 +220,10 @@ def measure_predictions(
         },
         "interpolated": {"context_schedule": unbounded, "rope_interpolation": length / trained},
     }
-    truth, rows = frames[:, -TARGETS:].float() / 255, []
+    truth, done = frames[:, -TARGETS:].float() / 255, {row["way"] for row in rows}
     for name, arguments in settings.items():
+        if name in done:
+            continue
         made = predict(
             pipeline,
             latents[:, -length:-TARGETS],
@@ -217,7 +236,28 @@ def measure_predictions(
         row = {"way": name, "psnr": quality.mean().item(), "lpips": distance.mean().item()}
         rows.append(row | {"psnr_by_clip": [round(value, 3) for value in quality.mean(dim=1).tolist()]})
         print(f"{name}: {row['psnr']:.2f} dB, LPIPS {row['lpips']:.3f}", file=sys.stderr, flush=True)
-    return rows
+        save()
+
+
+def begin(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Results without rows, or those that the same command left unfinished.
+
+    Raises:
+        ValueError: for results of another command, or of another torch or machine.
+    """
+    command = shlex.join(["python", *sys.argv])
+    results = {"command": command, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    results |= {"cpu": describe(device), "threads": torch.get_num_threads(), "losses": [], "predictions": []}
+    if not options.output.exists():
+        return results
+    before: dict[str, Any] = json.loads(options.output.read_text())
+    for name in ("command", "torch", "cpu", "threads"):
+        if before.get(name) != results[name]:
+            raise ValueError(
+                f"output={str(options.output)!r} has {name}={before.get(name)!r}, and this run has "
+                f"{results[name]!r}; give the same, or another output"
+            )
+    return before
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -266,6 +306,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     if not pipeline.transformer.is_long or pipeline.config.num_training_frames is None:
         raise ValueError(f"checkpoint={options.checkpoint!r} must be a Long model with num_training_frames")
+    results = begin(options, pipeline.device)  # before the minutes of encoding
     episodes = load_episodes(pipeline, options.data, 64)
     needed = max(options.lengths) + APART * (options.ends - 1)
     if (shortest := min(len(episode.frames) for episode in episodes)) < needed:
@@ -274,17 +315,13 @@ def main() -> None:
         torch.stack([getattr(episode, name)[:shortest] for episode in episodes])
         for name in ("latents", "actions", "frames")
     )
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "cpu": describe(pipeline.device),
-        "threads": torch.get_num_threads(),
-        "losses": measure_losses(pipeline, latents, actions, options),
-    }
-    results["predictions"] = measure_predictions(pipeline, frames, latents, actions, options)
-    with written_whole(options.output) as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n")
+
+    def save() -> None:
+        with written_whole(options.output) as partial:
+            partial.write_text(json.dumps(results, indent=2) + "\n")
+
+    measure_losses(pipeline, latents, actions, options, results["losses"], save)
+    measure_predictions(pipeline, frames, latents, actions, options, results["predictions"], save)
     base = {row["frames"]: row for row in results["losses"] if row["way"] == "newest"}
     rows: list[list[object]] = [
         [row["frames"], row["way"], row["loss"], difference(row, base[row["frames"]], "by_clip")]

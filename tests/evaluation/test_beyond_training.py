@@ -1,11 +1,24 @@
 """evaluation/beyond_training.py: ways to show a long context to a model."""
 
+import argparse
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from diffusers_far.memory_loss import memory_loss
-from evaluation.beyond_training import LoweredFrequency, frequency_for, ways, window_loss
-from tests.tiny_models import TOLERANCE, latents, long_transformer, relative_error
+from evaluation.beyond_training import (
+    LoweredFrequency,
+    begin,
+    frequency_for,
+    measure_losses,
+    measure_predictions,
+    ways,
+    window_loss,
+)
+from tests.tiny_models import TOLERANCE, latents, long_transformer, pipeline, relative_error
 
 TRAINED, FRAMES = 8, 20
 
@@ -63,3 +76,47 @@ def test_riflex_slows_one_frequency_of_time() -> None:
         others = torch.ones(table.shape[1], dtype=torch.bool)
         others[channels] = False
         assert torch.equal(table[:, others], plain[:, others])
+
+
+class Stopped(Exception):
+    """A run that ends early."""
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(long_transformer(num_actions=4), num_training_frames=TRAINED)
+    pipe.set_progress_bar_config(disable=True)
+    clips, actions = latents(2, FRAMES), torch.zeros(2, FRAMES, dtype=torch.long)
+    frames = torch.randint(0, 256, (2, FRAMES, 3, 64, 64), dtype=torch.uint8)
+    output = tmp_path / "results.json"
+    options = argparse.Namespace(output=output, lengths=[FRAMES], slopes=[1.0], ends=1, batch_size=2, seed=0)
+
+    def run(most: int | None = None) -> int:
+        """Rows that this run measured, stopped after `most`."""
+        results, saved = begin(options, torch.device("cpu")), 0
+
+        def save() -> None:
+            nonlocal saved
+            output.write_text(json.dumps(results))
+            saved += 1
+            if saved == most:
+                raise Stopped
+
+        try:
+            measure_losses(pipe, clips, actions, options, results["losses"], save)
+            measure_predictions(pipe, frames, clips, actions, options, results["predictions"], save)
+        except Stopped:
+            pass
+        return saved
+
+    whole = run()
+    expected = json.loads(output.read_text())
+    assert whole == len(expected["losses"]) + len(expected["predictions"]) == 14
+    output.unlink()
+    assert (run(3), run(7), run()) == (3, 7, 4)  # the second one stops among the predictions
+    found = json.loads(output.read_text())
+    for kind, name in (("losses", "loss"), ("predictions", "psnr")):
+        assert [row["way"] for row in found[kind]] == [row["way"] for row in expected[kind]]
+        assert [row[name] for row in found[kind]] == pytest.approx([row[name] for row in expected[kind]])
+    monkeypatch.setattr(sys, "argv", ["beyond_training.py", "--seed", "1"])
+    with pytest.raises(ValueError, match="has command="):
+        run()
