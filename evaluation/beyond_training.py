@@ -272,8 +272,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     by_name: dict[str, list[tuple[int, float]]] = {}
     for row in results["losses"]:
         by_name.setdefault(row["way"], []).append((row["frames"], row["loss"]))
-    for name, points in by_name.items():
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    colors = pyplot.get_cmap("turbo")(torch.linspace(0, 1, len(by_name)).numpy())  # a cycle has 10
+    for color, (name, points) in zip(colors, by_name.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), marker="o", label=name, color=color)
     axis.legend(fontsize="small")
     figure.tight_layout()
     with written_whole(path) as partial:
