@@ -29,7 +29,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +40,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
-from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, velocity_target
-from diffusers_far.memory_loss import SIGMA
+from diffusers_far.memory_loss import window_loss
 from diffusers_far.whole_files import written_whole
 from evaluation.context_curve import TARGETS, Measure, load_episodes, table
 from evaluation.machine import describe
@@ -125,8 +124,7 @@ def frequency_for(model: FARTransformer3DModel, way: Way, trained: int, num_fram
         model.pos_embed = own
 
 
-@torch.no_grad()
-def window_loss(
+def way_loss(
     model: FARTransformer3DModel, way: Way, latents: Tensor, actions: Tensor, noise: Tensor, trained: int
 ) -> Tensor:
     """Velocity loss `[N]` of the noisy last window of clips `[N, F, C, h, w]`.
@@ -134,22 +132,16 @@ def window_loss(
     Args:
         noise: `[N, window, C, h, w]`.
     """
-    window, num_frames = noise.shape[1], latents.shape[1]
-    clean = latents[:, -window:].float()
-    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], SIGMA))
-    hidden_states = torch.cat([latents[:, way.kept[:-window]].float(), noisy], dim=1)
-    timestep = torch.full(hidden_states.shape[:2], CLEAN_TIMESTEP)
-    timestep[:, -window:] = 1000 * SIGMA
-    with frequency_for(model, way, trained, num_frames):
-        velocity = model(
-            hidden_states,
-            timestep,
-            actions=actions[:, way.kept],
+    with frequency_for(model, way, trained, latents.shape[1]):
+        return window_loss(
+            model,
+            latents[:, way.kept],
+            actions[:, way.kept],
+            noise,
             frame_positions=way.positions,
             flex_rope_slope=way.flex_rope_slope,
             rope_interpolation=way.rope_interpolation,
-        ).sample
-    return (velocity - velocity_target(clean, noise)).square().flatten(1).mean(dim=1)
+        )
 
 
 def measure_losses(
@@ -157,27 +149,24 @@ def measure_losses(
     latents: Tensor,
     actions: Tensor,
     options: argparse.Namespace,
-    rows: list[dict[str, Any]],
-    save: Callable[[], None],
-) -> None:
-    """Add rows by number of frames and way; all with the same targets, `options.ends` in every episode.
+    done: set[tuple[int, str]],
+) -> Iterator[dict[str, Any]]:
+    """Rows by number of frames and way; all with the same targets, `options.ends` in every episode.
 
     Args:
-        rows: those measured before are not measured again.
-        save: called after every row.
+        done: numbers of frames and names of ways that are left out.
     """
     model, trained = pipeline.transformer, pipeline.config.num_training_frames
     window = model.short_window
     ends = [latents.shape[1] - APART * index for index in range(options.ends)]
     shape = (len(ends), len(latents), window, *latents.shape[2:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
-    done = {(row["frames"], row["way"]) for row in rows}
     for num_frames in options.lengths:
         for way in ways(num_frames, window, trained, options.slopes):
             if (num_frames, way.name) in done:
                 continue
             losses = [
-                window_loss(
+                way_loss(
                     model,
                     way,
                     latents[clips, end - num_frames : end],
@@ -190,9 +179,8 @@ def measure_losses(
             ]
             by_clip = torch.cat(losses)
             row = {"frames": num_frames, "way": way.name, "loss": by_clip.mean().item()}
-            rows.append(row | {"by_clip": [round(value, 4) for value in by_clip.tolist()]})
             print(f"{num_frames} {way.name}: {row['loss']:.4f}", file=sys.stderr, flush=True)
-            save()
+            yield row | {"by_clip": [round(value, 4) for value in by_clip.tolist()]}
 
 
 def measure_predictions(
@@ -201,11 +189,9 @@ def measure_predictions(
     latents: Tensor,
     actions: Tensor,
     options: argparse.Namespace,
-    rows: list[dict[str, Any]],
-    save: Callable[[], None],
-) -> None:
-    """Add rows by way, for the last frames of every episode after the longest context; `rows` and `save` as
-    of [`measure_losses`]."""
+    done: set[str],
+) -> Iterator[dict[str, Any]]:
+    """Rows by way, but for those in `done`: the last frames of every episode after the longest context."""
     measure, trained = Measure(pipeline, options.batch_size), pipeline.config.num_training_frames
     length = max(options.lengths)
     unbounded = ContextSchedule.unbounded()
@@ -220,7 +206,7 @@ def measure_predictions(
         },
         "interpolated": {"context_schedule": unbounded, "rope_interpolation": length / trained},
     }
-    truth, done = frames[:, -TARGETS:].float() / 255, {row["way"] for row in rows}
+    truth = frames[:, -TARGETS:].float() / 255
     for name, arguments in settings.items():
         if name in done:
             continue
@@ -234,9 +220,8 @@ def measure_predictions(
         )
         quality, distance = measure(made, truth)
         row = {"way": name, "psnr": quality.mean().item(), "lpips": distance.mean().item()}
-        rows.append(row | {"psnr_by_clip": [round(value, 3) for value in quality.mean(dim=1).tolist()]})
         print(f"{name}: {row['psnr']:.2f} dB, LPIPS {row['lpips']:.3f}", file=sys.stderr, flush=True)
-        save()
+        yield row | {"psnr_by_clip": [round(value, 3) for value in quality.mean(dim=1).tolist()]}
 
 
 def begin(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -258,6 +243,11 @@ def begin(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 f"{results[name]!r}; give the same, or another output"
             )
     return before
+
+
+def save(results: dict[str, Any], output: Path) -> None:
+    with written_whole(output) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -317,22 +307,25 @@ def main() -> None:
         for name in ("latents", "actions", "frames")
     )
 
-    def save() -> None:
-        with written_whole(options.output) as partial:
-            partial.write_text(json.dumps(results, indent=2) + "\n")
-
-    measure_losses(pipeline, latents, actions, options, results["losses"], save)
-    measure_predictions(pipeline, frames, latents, actions, options, results["predictions"], save)
-    base = {row["frames"]: row for row in results["losses"] if row["way"] == "newest"}
+    losses, predictions = results["losses"], results["predictions"]
+    done = {(row["frames"], row["way"]) for row in losses}
+    for row in measure_losses(pipeline, latents, actions, options, done):
+        losses.append(row)
+        save(results, options.output)
+    done_ways = {row["way"] for row in predictions}
+    for row in measure_predictions(pipeline, frames, latents, actions, options, done_ways):
+        predictions.append(row)
+        save(results, options.output)
+    base = {row["frames"]: row for row in losses if row["way"] == "newest"}
     rows: list[list[object]] = [
         [row["frames"], row["way"], row["loss"], difference(row, base[row["frames"]], "by_clip")]
-        for row in results["losses"]
+        for row in losses
     ]
     print(table(["frames", "way", "loss", "beside newest"], rows))
-    newest = next(row for row in results["predictions"] if row["way"] == "newest")
+    newest = next(row for row in predictions if row["way"] == "newest")
     rows = [
         [row["way"], row["psnr"], difference(row, newest, "psnr_by_clip"), row["lpips"]]
-        for row in results["predictions"]
+        for row in predictions
     ]
     print("\n" + table(["way", "PSNR", "beside newest", "LPIPS"], rows))
     if options.plot is not None:

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
 from diffusers_far.metrics import psnr
-from diffusers_far.video_files import read_video
-from evaluation.rollout_picture import contact_sheet
+from evaluation.rollout_picture import contact_sheet, read_frames
 
 SCHEDULES = {"with memory": ContextSchedule.unbounded(), "without": ContextSchedule(max_long_frames=0)}
 
@@ -75,7 +74,7 @@ def main() -> None:
         if walk is None:
             known = ", ".join(sorted({str(walk.get("script")) for walk in walks}))
             raise ValueError(f"scripts={script!r}: {arguments.walks} has walks of {known}")
-        video = torch.from_numpy(read_video(arguments.walks / walk["file_name"])).movedim(-1, 1).float() / 255
+        video = read_frames(arguments.walks / walk["file_name"])
         groups.append(rows_of_walk(pipeline, walk, video, arguments.frames, arguments.seed))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(groups).save(arguments.output)

@@ -37,6 +37,11 @@ def contact_sheet(groups: list[list[Tensor]], zoom: int = 2, gap: int = 2) -> Im
     return Image.fromarray((sheet.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
+def read_frames(path: Path) -> Tensor:
+    """`[T, 3, H, W]` in [0, 1]."""
+    return torch.from_numpy(read_video(path)).movedim(-1, 1).float() / 255
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,8 +63,7 @@ def main() -> None:
     for line in (arguments.episodes / "metadata.jsonl").read_text().splitlines()[: arguments.walks]:
         episode = json.loads(line)
         end = arguments.context + arguments.frames
-        video = torch.from_numpy(read_video(arguments.episodes / episode["file_name"])[:end])
-        video = video.movedim(-1, 1).float() / 255
+        video = read_frames(arguments.episodes / episode["file_name"])[:end]
         frames = pipeline(
             video=video[: arguments.context],
             actions=episode["actions"][:end],

@@ -23,9 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import FARVideoPipeline
-from diffusers_far.video_files import read_video
 from evaluation.context_curve import BLOCK, mean_appearance, table
-from evaluation.rollout_picture import contact_sheet
+from evaluation.rollout_picture import contact_sheet, read_frames
 
 FORWARD, LEFT, RIGHT = 1, 2, 3
 TURN = 6  # frames of a turn, about 60 degrees
@@ -82,7 +81,7 @@ def main() -> None:
     real, made, turns, groups = [], [], [], []
     for line in (arguments.episodes / "metadata.jsonl").read_text().splitlines():
         episode = json.loads(line)
-        video = torch.from_numpy(read_video(arguments.episodes / episode["file_name"])).movedim(-1, 1) / 255
+        video = read_frames(arguments.episodes / episode["file_name"])
         start = episode["actions"][: arguments.context]
         frames, taken = wander(pipeline, video[: len(start)], start, arguments.frames, arguments.seed)
         real += [block for block in video.split(BLOCK) if len(block) == BLOCK]

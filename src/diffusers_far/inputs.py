@@ -132,13 +132,14 @@ def _resize(video: Tensor, height: int | None, width: int | None) -> Tensor:
         return video
     # Through PIL: it filters properly when it shrinks, which tensors do not.
     pixels = (video.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    frames = np.stack([_fitted(frame, *shape) for frame in pixels.reshape(-1, *pixels.shape[-3:])])
+    frames = np.stack([fit_frame(frame, *shape) for frame in pixels.reshape(-1, *pixels.shape[-3:])])
     return torch.from_numpy(frames).movedim(-1, 1).float().div(255).unflatten(0, video.shape[:-3])
 
 
 def _fitted(frame: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
-    size = (frame.shape[0] if height is None else height, frame.shape[1] if width is None else width)
-    return frame if frame.shape[:2] == size else fit_frame(frame, *size)
+    return fit_frame(
+        frame, frame.shape[0] if height is None else height, frame.shape[1] if width is None else width
+    )
 
 
 def fit_frame(

@@ -5,6 +5,8 @@ frames before it can tell what it shows. One forward each takes seconds where pr
 for the log of a training run. Of a model that remembers, `right` is the least, `shuffled` less than `other`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,36 @@ def change_long_frames(
 
 
 @torch.no_grad()
+def window_loss(
+    model: FARTransformer3DModel,
+    latents: Tensor,
+    actions: Tensor | None,
+    noise: Tensor,
+    **arguments: Any,
+) -> Tensor:
+    """Velocity loss `[B]` of the last window of videos, noisy at level 0.8, after the frames before it.
+
+    Args:
+        latents, actions: `[B, F, C, h, w]` and `[B, F]` or None.
+        noise: `[B, W, C, h, w]` for the window.
+        arguments: more of the model's forward.
+    """
+    window = noise.shape[1]
+    clean = latents[:, -window:].float()
+    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], SIGMA, device=clean.device))
+    hidden_states = torch.cat([latents[:, :-window], noisy], dim=1)
+    timestep = torch.full(hidden_states.shape[:2], CLEAN_TIMESTEP)
+    timestep[:, -window:] = 1000 * SIGMA
+    velocity = model(
+        hidden_states.to(model.device, model.dtype),
+        timestep.to(model.device),
+        actions=None if actions is None else actions.to(model.device),
+        **arguments,
+    ).sample
+    error = velocity.float() - velocity_target(clean, noise).to(model.device)
+    return error.square().flatten(1).mean(dim=1)
+
+
 def memory_loss(
     model: FARTransformer3DModel,
     latents: Tensor,
@@ -83,9 +115,7 @@ def memory_loss(
     num_long = num_frames - window
     latents = latents[:, :num_frames].float()
     actions = None if actions is None else actions[:, :num_frames]
-    clean = latents[:, num_long:]
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], SIGMA, device=clean.device))
+    noise = torch.randn(latents[:, num_long:].shape, generator=generator).to(latents.device)
     videos = {"right": (latents, actions)}
     for name, dropped in (("recent", max(0, num_long - RECENT)), ("none", num_long)):
         videos[name] = (latents[:, dropped:], None if actions is None else actions[:, dropped:])
@@ -93,15 +123,5 @@ def memory_loss(
         videos[name] = change_long_frames(latents, actions, num_long, name, generator)
     losses = {}
     for name in ("right", "recent", "shuffled", "other", "none"):
-        context, labels = videos[name]
-        hidden_states = torch.cat([context[:, :-window], noisy], dim=1)
-        timestep = torch.full(hidden_states.shape[:2], CLEAN_TIMESTEP)
-        timestep[:, -window:] = 1000 * SIGMA
-        velocity = model(
-            hidden_states.to(model.device, model.dtype),
-            timestep.to(model.device),
-            actions=None if labels is None else labels.to(model.device),
-        ).sample
-        error = velocity.float() - velocity_target(clean, noise).to(model.device)
-        losses[name] = error.square().mean().item()
+        losses[name] = window_loss(model, *videos[name], noise).mean().item()
     return losses

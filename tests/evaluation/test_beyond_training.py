@@ -1,6 +1,7 @@
 """evaluation/beyond_training.py: ways to show a long context to a model."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from evaluation.beyond_training import (
     frequency_for,
     measure_losses,
     measure_predictions,
+    save,
+    way_loss,
     ways,
-    window_loss,
 )
 from tests.tiny_models import TOLERANCE, latents, long_transformer, pipeline, relative_error
 
@@ -33,7 +35,7 @@ def test_the_newest_frames_within_the_training_length_have_the_loss_of_memory() 
     actions = torch.zeros(2, TRAINED, dtype=torch.long)
     losses = memory_loss(model, videos, actions, TRAINED, torch.Generator().manual_seed(3))
     for way, name in ((alone, "none"), (newest, "right")):
-        loss = window_loss(model, way, videos, actions, noise, TRAINED).mean()
+        loss = way_loss(model, way, videos, actions, noise, TRAINED).mean()
         assert loss.item() == pytest.approx(losses[name], rel=1e-4)
 
 
@@ -54,7 +56,7 @@ def test_ways_beyond_the_training_length() -> None:
     assert found["slope 4"].flex_rope_slope == 4 / TRAINED
     assert FRAMES - 1 - found["re-indexed"].positions[0] <= TRAINED
     losses = {
-        name: window_loss(model, way, videos, actions, noise, TRAINED).mean().item()
+        name: way_loss(model, way, videos, actions, noise, TRAINED).mean().item()
         for name, way in found.items()
     }
     assert len({round(loss, 7) for loss in losses.values()}) == len(losses)  # each way is another one
@@ -78,10 +80,6 @@ def test_riflex_slows_one_frequency_of_time() -> None:
         assert torch.equal(table[:, others], plain[:, others])
 
 
-class Stopped(Exception):
-    """A run that ends early."""
-
-
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(long_transformer(num_actions=4), num_training_frames=TRAINED)
     pipe.set_progress_bar_config(disable=True)
@@ -93,19 +91,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     def run(most: int | None = None) -> int:
         """Rows that this run measured, stopped after `most`."""
         results, saved = begin(options, torch.device("cpu")), 0
-
-        def save() -> None:
-            nonlocal saved
-            output.write_text(json.dumps(results))
+        lost, predicted = results["losses"], results["predictions"]
+        ways_done = {(row["frames"], row["way"]) for row in lost}
+        rows = itertools.chain(
+            ((lost, row) for row in measure_losses(pipe, clips, actions, options, ways_done)),
+            (
+                (predicted, row)
+                for row in measure_predictions(
+                    pipe, frames, clips, actions, options, {row["way"] for row in predicted}
+                )
+            ),
+        )
+        for kind, row in itertools.islice(rows, most):
+            kind.append(row)
+            save(results, output)
             saved += 1
-            if saved == most:
-                raise Stopped
-
-        try:
-            measure_losses(pipe, clips, actions, options, results["losses"], save)
-            measure_predictions(pipe, frames, clips, actions, options, results["predictions"], save)
-        except Stopped:
-            pass
         return saved
 
     whole = run()

@@ -326,17 +326,32 @@ def count_parameters(sizes: dict[str, Any], in_channels: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def conditions(source: Source) -> dict[str, Any]:
+def examine_conditions(source: Source) -> dict[str, Any]:
     """What the videos have, by the episodes that are examined: `num_actions` and so on."""
-    from .clips import action_options, stack_actions
+    from .clips import stack_actions
+
+    episodes = list(source.split("train").some(16))
+    actions = [stack_actions(values) if (values := episode.actions) else None for episode in episodes]
+    return conditions(actions, [episode.class_label for episode in episodes], len(source.class_names))
+
+
+def conditions(
+    actions: Sequence[Tensor | None], class_labels: Sequence[Tensor | int | None], num_named: int
+) -> dict[str, Any]:
+    """`num_actions` and so on of a model for such videos; nothing of what some of them lack.
+
+    Args:
+        num_named: classes that have a name.
+    """
+    from .clips import action_options
 
     found: dict[str, Any] = {}
-    actions = [episode.actions for episode in source.split("train").some(16)]
-    if all(actions):
-        found |= action_options([stack_actions(values) for values in actions if values])
-    labels = [episode.class_label for episode in source.split("train").some(16)]
-    if all(label is not None for label in labels):
-        found["num_classes"] = max(len(source.class_names), *(1 + (label or 0) for label in labels))
+    known_actions = [values for values in actions if values is not None]
+    if len(known_actions) == len(actions):
+        found |= action_options(known_actions)
+    labels = [int(label) for label in class_labels if label is not None]
+    if len(labels) == len(class_labels):
+        found["num_classes"] = max(num_named, 1 + max(labels))
     return found
 
 
@@ -579,7 +594,7 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
     if plan is None:
         num_frames = clip_frames(source, options, most_frames(pretrained))
         plan = Plan("", {}, num_frames, options.batch_size)
-        plan.sizes = find_sizes(plan, options, pretrained, conditions(source), grid)
+        plan.sizes = find_sizes(plan, options, pretrained, examine_conditions(source), grid)
     cost = measure_cost(plan.sizes, in_channels, grid, plan.num_frames, options.lora_rank)
     if not plan.batch_size:
         parameters = count_parameters(plan.sizes, in_channels)
@@ -699,7 +714,7 @@ def settle(
     pretrained: Pretrained | None,
 ) -> None:
     """Bring the plan in line with all videos, now that each has been read."""
-    from .clips import LatentVideos, action_options
+    from .clips import LatentVideos
 
     splits = [LatentVideos(Path(options.output_dir) / "latents" / split) for split in ("train", "validation")]
     longest = min(max(videos.num_frames) for videos in splits)
@@ -708,18 +723,14 @@ def settle(
     if longest < plan.num_frames:
         say(f"clips of {longest} frames: no video, or no held-out one, is longer")
         plan.num_frames = longest
-    found: dict[str, Any] = {}
-    for name in ("actions", "class_labels"):
-        values = [value for videos in splits for value in getattr(videos, name)]
-        if all(value is not None for value in values):
-            if name == "actions":
-                found |= action_options(values)
-            else:
-                found["num_classes"] = 1 + max(int(value) for value in values)
-        elif any(value is not None for value in values):
-            say(f"{name.replace('_', ' ')} are left out: some videos have none")
-    if "num_classes" in found:
-        found["num_classes"] = max(found["num_classes"], len(source.class_names))
+    actions, labels = (
+        [value for videos in splits for value in getattr(videos, name)]
+        for name in ("actions", "class_labels")
+    )
+    for name, values in (("actions", actions), ("class labels", labels)):
+        if 0 < sum(value is None for value in values) < len(values):
+            say(f"{name} are left out: some videos have none")
+    found = conditions(actions, labels, len(source.class_names))
     plan.sizes = find_sizes(plan, options, pretrained, found, grid)
 
 
