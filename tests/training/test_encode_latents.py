@@ -98,6 +98,36 @@ def test_finished_files_are_kept(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, content[name]) for name, value in load_file(missing).items())
 
 
+def test_jobs_share_out_the_videos(data: Path, tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "whole")
+
+    def files(output: str) -> dict[str, int]:
+        folder = tmp_path / output
+        found = folder.rglob("*.safetensors")
+        return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in found}
+
+    second = {"train/00001.safetensors"}
+    parts = {"1/2": files("whole").keys() - second, "2/2": second}
+    done: dict[str, int] = {}
+    for shard in ("2/2", "1/2", "2/2"):  # in any order, and again
+        encode(data, tmp_path / "autoencoder", tmp_path / "shared", "--shard", shard)
+        now = files("shared")
+        assert done.items() <= now.items() and now.keys() == done.keys() | parts[shard]
+        done = now
+    assert done.keys() == files("whole").keys()
+    for name in done:
+        whole, shared = load_file(tmp_path / "whole" / name), load_file(tmp_path / "shared" / name)
+        assert all(torch.equal(value, whole[key]) for key, value in shared.items())
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "-1/4", "1/4/2", "a/b"])
+def test_bad_shards_are_refused(data: Path, tmp_path: Path, shard: str) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    with pytest.raises(ValueError, match=f"shard='{shard}' must be a part of all parts, from 1 on"):
+        encode(data, tmp_path / "autoencoder", tmp_path / "latents", f"--shard={shard}")
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.25}])
 def test_latents_of_another_autoencoder_are_refused(
     data: Path, tmp_path: Path, change: dict[str, float]

@@ -11,6 +11,7 @@ from diffusers_far import FARTransformer3DModel
 from diffusers_far.training.clips import ClipBatches, LatentVideos
 from diffusers_far.training.options import FAROptions, ModelOptions, parse
 from diffusers_far.training.train_far import FARTrainer
+from diffusers_far.training.train_folder import kept_for_backward
 from tests.tiny_latents import LONG, averaged_weights, read_log, run_options, write_latents
 from tests.tiny_models import relative_error
 from tests.training.processes import finish, start
@@ -60,6 +61,26 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(
     assert_same_curve(read_log(tmp_path / "two"), one_process)
 
 
+def test_gradient_checkpointing_learns_the_same(
+    latents: Path, tmp_path: Path, repository: Path, one_process: list[dict[str, float]]
+) -> None:
+    two = ["-m", "training.train_far", *command(latents, tmp_path / "two", 2, "--gradient-checkpointing")]
+    processes = start(two, 2, repository)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert_same_curve(read_log(tmp_path / "two"), one_process)
+
+
+def test_gradient_checkpointing_keeps_less(latents: Path, tmp_path: Path) -> None:
+    """Of a run, not of a model: the option reaches the forward of a step."""
+    kept = {}
+    for name, more in {"all": [], "inputs": ["--gradient-checkpointing"]}.items():
+        words = command(latents, tmp_path / name, 1, "--num_layers", "4", *more)
+        trainer = FARTrainer(*parse(words, (ModelOptions, FAROptions), None))
+        kept[name] = kept_for_backward(trainer.objective, trainer.batches[0])
+    assert kept["inputs"] < 0.5 * kept["all"]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_processes_share_out_the_clips_of_one(latents: Path, num_ranks: int) -> None:
     videos = LatentVideos(latents / "train")
@@ -98,7 +119,9 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
 def sharded(latents: Path, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """What two processes with FSDP2 leave, with checkpoints at steps 4 and 8."""
     output = tmp_path_factory.mktemp("runs") / "sharded"
-    launch_sharded(command(latents, output, 2, "--save_steps", "4"), 2, repository)
+    launch_sharded(
+        command(latents, output, 2, "--save_steps", "4", "--gradient-checkpointing"), 2, repository
+    )
     return output
 
 

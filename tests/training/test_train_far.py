@@ -76,6 +76,25 @@ def test_matmul_attention_gives_the_same_loss_and_gradient(latents: Path, tmp_pa
         assert torch.allclose(expected, found, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["flow_matching", "flow_map"])
+def test_gradient_checkpointing_gives_the_same_gradient(
+    latents: Path, tmp_path: Path, objective: str
+) -> None:
+    trainer(run_options(latents, tmp_path / "start", *LONG)).train()
+    more = [*LONG, "--pretrained", str(tmp_path / "start/ema"), "--objective", objective]
+    more += ["--own_context_probability", "0.9"]
+    results = []
+    for name, option in {"plain": [], "checkpointed": ["--gradient-checkpointing"]}.items():
+        run = trainer(run_options(latents, tmp_path / name, *more, *option))
+        loss = run.loss(run.batches[0], 0)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in run.network.parameters())])
+    for expected, found in zip(*results, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            assert torch.allclose(expected, found, rtol=1e-4, atol=1e-7)
+
+
 def test_a_flow_map_resumes_to_the_same_weights(latents: Path, tmp_path: Path) -> None:
     trainer(run_options(latents, tmp_path / "start", *LONG)).train()
     more = ["--pretrained", str(tmp_path / "start/ema"), "--objective", "flow_map"]

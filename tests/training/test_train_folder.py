@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_far import FARVideoPipeline, read_video
+from diffusers_far import FARTransformer3DModel, FARVideoPipeline, read_video
 from diffusers_far.training import train_folder
+from diffusers_far.training.clips import Clips
+from diffusers_far.training.objectives import FlowMatching
 from diffusers_far.training.options import FAROptions, FrameOptions
 from diffusers_far.training.sources import open_source
 from diffusers_far.training.train_folder import (
@@ -395,12 +397,31 @@ def test_memory_is_measured_as_it_is_used() -> None:
     assert costs[2].seconds > 0
 
 
+def test_memory_with_gradient_checkpointing() -> None:
+    """Inputs of all blocks, and all that one block takes."""
+    sizes = choose_sizes("tiny", 32, (8, 8)) | {"num_layers": 6}
+    assert "long_patch_size" in sizes
+    cost = measure_cost(sizes, 4, (8, 8), 32, gradient_checkpointing=True)
+    plain = {layers: measure_cost({**sizes, "num_layers": layers}, 4, (8, 8), 32) for layers in (1, 6)}
+    inputs: list[int] = []
+
+    def keep(block: torch.nn.Module, arguments: tuple) -> None:
+        inputs.append(sum(stream.numel() * stream.element_size() for stream in arguments[0]))
+
+    model, clips = (
+        FARTransformer3DModel(in_channels=4, **sizes),
+        Clips(torch.zeros(1, 32, 4, 8, 8), 8, None, None, ("",)),
+    )
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(keep)
+    FlowMatching(model).loss(clips, torch.Generator().manual_seed(0))
+    assert len(inputs) == 6
+    assert cost.memory == pytest.approx(plain[1].memory + sum(inputs[1:]), rel=0.02)
+    assert cost.memory < 0.4 * plain[6].memory
+
+
 def measured_memory(sizes: dict, num_frames: int) -> float:
     """Bytes that all blocks together keep for the backward pass."""
-    from diffusers_far import FARTransformer3DModel
-    from diffusers_far.training.clips import Clips
-    from diffusers_far.training.objectives import FlowMatching
-
     model = FARTransformer3DModel(in_channels=4, **sizes)
     clips = Clips(torch.zeros(1, num_frames, 4, 8, 8), num_frames, None, None, ("",))
     kept: dict[int, int] = {}

@@ -2,6 +2,7 @@
 
     python -m training.encode_latents DATA --autoencoder DIR --output LATENTS [--resolution 64] [--fps 10]
     accelerate launch -m training.encode_latents DATA ...              # several processes share the videos
+    python -m training.encode_latents DATA ... --shard 3/64            # so do several jobs, one part each
 
 DATA is a folder of videos, a repo of the Hub, or anything else in docs/data.md. Writes
 LATENTS/<split>/<name of the video>.safetensors (training/clips.py has the format). With `--fps` or
@@ -18,6 +19,7 @@ A folder with latents of another autoencoder is refused.
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -56,11 +58,23 @@ class EncodeOptions(FrameOptions):
     mixed_precision: Literal["no", "bf16"] = option("no", "number format of the encoder")
     batch_size: Count = option(50, "frames encoded at once")
     ignore_actions: bool = option(False, "encode the videos without their actions")
+    shard: str = option(
+        "1/1", "part of the videos that this job encodes: 3/64 is the third of 64, for an array of jobs"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.part
         if not (Path(self.autoencoder) / "config.json").is_file():
             raise ValueError(f"autoencoder={self.autoencoder!r} must be a folder with config.json")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Number of the part, from 0, and of all parts."""
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"shard={self.shard!r} must be a part of all parts, from 1 on, such as 3/64")
+        return int(found[1]) - 1, int(found[2])
 
 
 def hash_autoencoder(autoencoder: AutoencoderDC) -> str:
@@ -158,7 +172,7 @@ def encode_split(
     own: str,
     encoded: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Encode the episodes of a split that the output lacks; each process takes its share of them.
+    """Encode the episodes of a split that the output lacks; each process of each job takes its share.
 
     Args:
         own: hash of the autoencoder.
@@ -171,10 +185,11 @@ def encode_split(
     if strange := sorted(set(folder.rglob("*.safetensors")) - set(files)):
         names = ", ".join(str(file) for file in strange[:10])
         raise ValueError(f"output: {len(strange)} files are of no video of {split}: {names}; remove them")
-    state = PartialState()
+    state, (part, num_parts) = PartialState(), options.part
+    own_share = part * state.num_processes + state.process_index
     number = 0
     for index, episode in enumerate(episodes):
-        if index % state.num_processes != state.process_index:
+        if index % (num_parts * state.num_processes) != own_share:
             continue
         file = folder / f"{episode.name}.safetensors"
         metadata = {AUTOENCODER_KEY: own, EPISODE_KEY: hash_episode(episode, options)}

@@ -171,6 +171,15 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
+class MemoryOptions:
+    """What trades time for memory in training FAR."""
+
+    gradient_checkpointing: bool = option(
+        False, "keep the inputs of the blocks only, and compute the rest again in the backward pass"
+    )
+
+
+@dataclass(kw_only=True)
 class StartOptions:
     """What training starts from."""
 
@@ -190,7 +199,7 @@ class StartOptions:
 
 
 @dataclass(kw_only=True)
-class FAROptions(StartOptions, RunOptions):
+class FAROptions(StartOptions, MemoryOptions, RunOptions):
     """Options of training FAR. The defaults are the published ones where there are any."""
 
     latents: str = option(dataclasses.MISSING, "what encode_latents wrote: splits train and validation")

@@ -263,6 +263,8 @@ def create_models(
     if options.attention == "matmul":
         for network in (model, teacher or model):
             network.set_attn_processor(MatmulAttnProcessor())
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if options.compile:
         model.compile_repeated_blocks(dynamic=True)
     return model, teacher, names

@@ -53,6 +53,7 @@ from .options import (
     CountOrZero,
     FAROptions,
     FrameOptions,
+    MemoryOptions,
     ModelOptions,
     Positive,
     RunOptions,
@@ -65,6 +66,8 @@ from .pretrained import Change, Pretrained, add_lora, find_pretrained, plan_chan
 from .sources import Source, open_source
 
 if TYPE_CHECKING:
+    from .clips import Clips
+    from .objectives import FlowMatching
     from .pipeline_trainer import PipelineTrainer
 
 MAX_BATCH = 32  # published
@@ -99,7 +102,7 @@ SIZES = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions(StartOptions, FrameOptions, RunOptions):
+class TrainOptions(StartOptions, MemoryOptions, FrameOptions, RunOptions):
     """Options of the command."""
 
     output_dir: str = option("far-model", "new folder for the model and all that leads to it")
@@ -256,6 +259,7 @@ def measure_cost(
     grid: tuple[int, int],
     num_frames: int,
     lora_rank: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Cost:
     """Measured on models of one and two blocks, from which the cost of all blocks follows."""
     from ..transformer_far import FARTransformer3DModel
@@ -278,30 +282,45 @@ def measure_cost(
         if lora_rank is not None:
             add_lora(model, lora_rank)
         objective = FlowMatching(model)
+        memory = kept_for_backward(objective, clips)
+        if gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         runs: list[float] = []
         began = time.perf_counter()
         while len(runs) < 3 and (not runs or time.perf_counter() - began < MEASURING_SECONDS):
-            kept: dict[int, int] = {}
-
-            def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-                storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
             started = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = objective.loss(clips, torch.Generator().manual_seed(0))
+            loss = objective.loss(clips, torch.Generator().manual_seed(0))
             loss.backward()
             loss.item()
             runs.append(time.perf_counter() - started)
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        costs.append(Cost(max(0.0, sum(kept.values()) - weights), min(runs)))
+        costs.append(Cost(max(0.0, memory - weights), min(runs)))
     one, two = costs
-    more = sizes["num_layers"] - 1
+    more, memory_of_block = sizes["num_layers"] - 1, max(0.0, two.memory - one.memory)
+    if gradient_checkpointing:  # of each block its input is kept, and of one at a time all the rest
+        long_tokens, short_tokens = model.tokens_per_frame(*grid)
+        tokens = (num_frames - window) * long_tokens + window * short_tokens
+        memory_of_block = 4.0 * tokens * sizes["num_attention_heads"] * sizes["attention_head_dim"]
     return Cost(
-        one.memory + more * max(0.0, two.memory - one.memory),
+        one.memory + more * memory_of_block,
         one.seconds + more * max(0.0, two.seconds - one.seconds),
     )
+
+
+def kept_for_backward(objective: "FlowMatching", clips: "Clips") -> int:
+    """Bytes of the tensors that a loss of these clips keeps for its backward pass, weights included."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = objective.loss(clips, torch.Generator().manual_seed(0))
+    size = sum(kept.values())
+    loss.backward()
+    return size
 
 
 def find_batch(cost: Cost, num_parameters: int, num_clips: int) -> int:
@@ -313,7 +332,7 @@ def find_batch(cost: Cost, num_parameters: int, num_clips: int) -> int:
         raise ValueError(
             f"a batch of one clip takes {(20 * num_parameters + cost.memory) / 1e9:.1f} GB of memory; "
             f"{free_memory() / 1e9:.1f} GB are free, of which half is used: take a smaller --size, "
-            "--resolution or --clip-seconds"
+            "--resolution or --clip-seconds, or --gradient-checkpointing"
         )
     return int(2 ** math.floor(math.log2(most)))
 
@@ -595,7 +614,9 @@ def train(data: str, options: TrainOptions, words: Sequence[str]) -> int:
         num_frames = clip_frames(source, options, most_frames(pretrained))
         plan = Plan("", {}, num_frames, options.batch_size)
         plan.sizes = find_sizes(plan, options, pretrained, examine_conditions(source), grid)
-    cost = measure_cost(plan.sizes, in_channels, grid, plan.num_frames, options.lora_rank)
+    cost = measure_cost(
+        plan.sizes, in_channels, grid, plan.num_frames, options.lora_rank, options.gradient_checkpointing
+    )
     if not plan.batch_size:
         parameters = count_parameters(plan.sizes, in_channels)
         examined = source.examine("train", options)
