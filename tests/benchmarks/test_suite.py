@@ -1,6 +1,7 @@
 """benchmarks/: every task runs on a small model and does what it says; figures are checked for sense only."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,20 @@ def test_rollout_and_training(repository: Path, tmp_path: Path) -> None:
     assert velocity.shape == (2, 3, 32, 8, 8) and velocity.any()
     # Weights of one layer of width 64, twice and more for the backward: 3 x 2 FLOPs per weight and token.
     assert figures["step_gflop"] > 3 * 2 * 12 * 64**2 * 2 * 3 * 64 / 1e9
+
+
+def test_training_cost(repository: Path) -> None:
+    command = [sys.executable, "benchmarks/training_cost.py", "far-b-ucf101-64", "--batch-size", "2"]
+    said = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "|" in line]
+    rows = {row[0]: row[1:] for row in table}
+    (parameters,) = re.findall(r"far-b-ucf101-64: (\d+) million parameters", said)
+    tokens, operations = rows["16"]
+    # 6 operations per weight and token, forward and backward; attention has fewer. A third of the weights
+    # (AdaLN) is applied once per frame, not to each of its 64 tokens.
+    of_weights = 6 * (2 / 3) * float(parameters) * 1e6 * 16 * 64 / 1e12
+    assert tokens == "1,024" and of_weights < float(operations.split()[0]) < 2 * of_weights
+    assert rows["mean"] == ["", operations]
+    kept, checkpointed = (float(value[0].split()[0]) for name, value in rows.items() if "2 clips" in name)
+    assert 0 < checkpointed < 0.3 * kept
+    assert float(rows["10%"][0]) == pytest.approx(4 * float(rows["40%"][0]), abs=0.05)

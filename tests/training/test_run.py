@@ -142,8 +142,12 @@ def test_a_signal_saves_and_ends(
     process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, cwd=repository)
     assert process.stdout is not None and process.stdout.readline().startswith("step=1 ")
     process.send_signal(number)
+    if number == signal.SIGTERM:  # which a cluster's scheduler and a launcher may both send
+        time.sleep(0.05)
+        process.send_signal(number)
     process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    ended_later = {-signal.SIGTERM} if number == signal.SIGTERM else set()  # all was saved by then
+    assert process.returncode in {128 + number} | ended_later
     last = read_log(tmp_path)[-1]["step"]
     assert names(tmp_path) == [f"checkpoint-{last:07d}"]
     assert (tmp_path / "ema" / "config.json").exists()

@@ -375,7 +375,10 @@ class Run:
 
     def _stop(self, number: int, _: Any) -> None:
         self._own_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        # A second Ctrl-C ends the process at once. SIGTERM may come twice by itself: from a scheduler of jobs
+        # to each process, and from the launcher to those that it began.
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     # --------------------------------------------------------------------------------------------------------
     # Checkpoints
