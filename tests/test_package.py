@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import diffusers_far
 
@@ -127,6 +128,8 @@ def test_public_names_are_there() -> None:
 def test_the_version_is_that_of_the_metadata() -> None:
     metadata = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.*)"$', metadata, flags=re.M).group(1) == diffusers_far.__version__
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == diffusers_far.__version__
 
 
 def run_python(code: str) -> str:

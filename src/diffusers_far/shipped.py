@@ -1,30 +1,33 @@
-"""What comes with a checkout of the project: models and episodes, and where they are."""
+"""Models and episodes that come with the project, and where they are: in the checkout, or in the package."""
 
 from pathlib import Path
 
-CHECKPOINT = "checkpoints/far-doom-maze-64"
-ANY_STEP_CHECKPOINT = "checkpoints/far-doom-maze-64-any-step"  # the faster one, for games
-EPISODES = "data/samples/doom-maze-64/validation"
+_PACKAGE = Path(__file__).resolve().parent
+# In this order, after the current folder. `setup.py` puts some of the checkout's files into a wheel.
+_PLACES = (_PACKAGE.parents[1], _PACKAGE / "shipped_files")
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
+ANY_STEP_CHECKPOINT = "checkpoints/far-doom-maze-64-any-step"  # the faster one, for games
+CHECKPOINT = "checkpoints/far-doom-maze-64"
+if not (_PLACES[0] / CHECKPOINT).exists():  # an installed package has the faster one only
+    CHECKPOINT = ANY_STEP_CHECKPOINT
+EPISODES = "data/samples/doom-maze-64/validation"
 
 
 def find(path: str, argument: str) -> Path:
-    """A path from the current folder, or else from the checkout that this package was installed from."""
-    for candidate in (Path(path), _CHECKOUT / path):
+    """A path from the current folder, or else of what comes with the project."""
+    for candidate in (Path(path), *(place / path for place in _PLACES)):
         if candidate.exists():
             return candidate
-    raise ValueError(
-        f"--{argument}: {path} is not there; run from a checkout of diffusers-far, or give a path"
-    )
+    raise ValueError(f"--{argument}: {path} is not there, and does not come with diffusers-far")
 
 
 def locate(checkpoint: str) -> str | Path:
-    """A folder as given or, for the shipped models, in the checkout; else a repo id."""
+    """A folder as given, or a shipped model; else a repo id."""
     if Path(checkpoint).exists():
         return checkpoint
-    if (_CHECKOUT / checkpoint).exists():
-        return _CHECKOUT / checkpoint
+    for place in _PLACES:
+        if (place / checkpoint).exists():
+            return place / checkpoint
     if checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
         raise ValueError(f"--checkpoint: {checkpoint} is neither a folder nor a repo id such as name/model")
     return checkpoint
