@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,26 @@ def test_a_signal_saves_and_ends(
     last = read_log(tmp_path)[-1]["step"]
     assert names(tmp_path) == [f"checkpoint-{last:07d}"]
     assert (tmp_path / "ema" / "config.json").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(latents: Path, tmp_path: Path, repository: Path) -> None:
+    """Files may have 16 kB: enough for the log, not for weights."""
+    output = tmp_path / "run"
+    run(run_options(latents, output, "--max_train_steps", "2"))
+    before = {
+        file: file.read_bytes() for file in (output / "checkpoint-0000002").rglob("*") if file.is_file()
+    }
+    command = run_options(latents, output, "--max_train_steps", "4", "--resume_from", "latest")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**14}, {2**14}))"
+    code = f"{limit}; from diffusers_far.training.train_far import main; main({command})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    expected = "OSError: step 4: .*run/checkpoint-0000004 cannot be written .*; last checkpoint: .*0000002\n"
+    assert re.search(expected, result.stderr)
+    assert names(output) == ["checkpoint-0000002"] and not list(output.glob(".*"))
+    assert all(file.read_bytes() == content for file, content in before.items())
+    run(command)
+    assert names(output) == ["checkpoint-0000002", "checkpoint-0000004"]
 
 
 # ----------------------------------------------------------------------------------------------------

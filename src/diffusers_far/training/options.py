@@ -180,6 +180,17 @@ class MemoryOptions:
 
 
 @dataclass(kw_only=True)
+class SampleOptions:
+    """What a validation shows."""
+
+    validation_seconds: NotNegative = option(
+        0.0,
+        "time of a validation for continuing held-out videos with averaged weights, to OUTPUT/samples and "
+        "the tracker, with their PSNR at 1, 4 and 16 frames; 0 for none",
+    )
+
+
+@dataclass(kw_only=True)
 class StartOptions:
     """What training starts from."""
 
@@ -199,10 +210,13 @@ class StartOptions:
 
 
 @dataclass(kw_only=True)
-class FAROptions(StartOptions, MemoryOptions, RunOptions):
+class FAROptions(StartOptions, MemoryOptions, SampleOptions, RunOptions):
     """Options of training FAR. The defaults are the published ones where there are any."""
 
     latents: str = option(dataclasses.MISSING, "what encode_latents wrote: splits train and validation")
+    autoencoder: str | None = option(
+        None, "that made them, for validation_seconds; by default that of pretrained"
+    )
     objective: Literal["flow_matching", "flow_map"] = option(
         "flow_matching", "flow_map makes any-step models"
     )

@@ -319,14 +319,24 @@ class Run:
     @contextmanager
     def averaged_model(self) -> Iterator[Any]:
         """The model with the averaged weights, whole in each process; all must ask for it."""
-        if not self.is_sharded:
+        if self.is_sharded:
+            yield self._joined(self._averaged())
+        else:
             with self.averaged_weights():
                 yield self.model
-            return
+
+    def whole_model(self) -> Any:
+        """The model as it stands, whole in each process; all must ask for it."""
+        if not self.is_sharded:
+            return self.model
+        sharded.share_out_again(self.model)
+        return self._joined(dict(self.model.named_parameters()))
+
+    def _joined(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A model of its own with weights that are shared out."""
         model = copy.deepcopy(self._empty)
-        weights = {name: sharded.whole(weight) for name, weight in self._averaged().items()}
-        model.load_state_dict(weights, assign=True)
-        yield model.requires_grad_(False)
+        model.load_state_dict({name: sharded.whole(weight) for name, weight in weights.items()}, assign=True)
+        return model.requires_grad_(False)
 
     @torch.no_grad()
     def _exchange_weights(self) -> None:
@@ -350,7 +360,7 @@ class Run:
         values = {"step": clock.step, **{name: float(f"{value:.5g}") for name, value in values.items()}}
         self.accelerator.log(values, step=clock.step)
         if self.accelerator.is_main_process:
-            with (self.output_dir / "log.jsonl").open("a") as file:
+            with self._writing("log.jsonl"), (self.output_dir / "log.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
             tqdm.write(" ".join(f"{name}={value:g}" for name, value in values.items()))
 
@@ -502,6 +512,19 @@ class Run:
     # Folders
 
     @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Say where a run stood whose disk is full."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = next(reversed(self.checkpoints()), "none")
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(
+                f"step {self.clock.step}: {self.output_dir / name} cannot be written ({message}); "
+                f"last checkpoint: {last}"
+            ) from error
+
+    @contextmanager
     def _replacement(self, name: str) -> Iterator[Path]:
         """An empty folder to write in, which becomes `name` of the output folder at the end."""
         destination = self.output_dir / name
@@ -509,7 +532,12 @@ class Run:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-        yield partial
+        try:
+            with self._writing(name):
+                yield partial
+        except BaseException:  # a full disk has the place again
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.accelerator.is_main_process:
             for path in (*partial.rglob("*"), partial):
                 _sync(path)

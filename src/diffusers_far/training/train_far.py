@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
@@ -33,10 +34,11 @@ from torch.utils.data import DataLoader
 from ..hub import fill_lora_card
 from ..inputs import ActionNames
 from ..memory_loss import memory_loss
+from ..pipeline_far_video import FARVideoPipeline
 from ..transformer_far import LATER_OPTIONS, FARTransformer3DModel
 from .clips import ClipBatches, Clips, LatentVideos
 from .encode_latents import hash_autoencoder
-from .make_pipeline import let_all_read
+from .make_pipeline import let_all_read, make_scheduler
 from .matmul_attn_processor import MatmulAttnProcessor
 from .objectives import FlowMap, FlowMatching
 from .options import FAROptions, ModelOptions, parse, script
@@ -51,8 +53,10 @@ from .pretrained import (
     save_lora,
 )
 from .run import Run
+from .validation_samples import ValidationSamples
 
 MEMORY_VIDEOS, MEMORY_FRAMES = 16, 96  # held-out videos, and first frames of them, for `memory_loss`
+NUM_INFERENCE_STEPS = 25  # of a pipeline of a new model
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +78,15 @@ class FARTrainer:
         self.pretrained = None if options.pretrained is None else find_pretrained(options.pretrained)
         model, teacher, self.action_names = create_models(sizes, options, self.pretrained, videos)
         self.batches = self._batches(videos, model)
-        self.validation_batches = None
+        self.validation_batches = self.samples = None
+        self.sample_size: int | tuple[int, int] | None = None
         if options.validation_steps:
             held_out = LatentVideos(Path(options.latents) / "validation")
             self.validation_batches = self._batches(held_out, model, held_out_of=videos)
+            if options.validation_seconds:
+                self._check_autoencoder(videos)
+                folder, seconds = Path(options.output_dir) / "samples", options.validation_seconds
+                self.samples = ValidationSamples(held_out, options.num_frames, seconds, folder, options.seed)
         self.network = model
         # Checkpoints of earlier versions, which lack them, resume.
         unset = {name for name in LATER_OPTIONS if model.config[name] is None}
@@ -148,8 +157,8 @@ class FARTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses on the held-out clips, with fixed noise."""
-        self.validation = self._losses() | self._memory_losses()
+        """Of the held-out clips, with fixed noise: mean losses, and how good continuations are."""
+        self.validation = self._losses() | self._memory_losses() | self._sample()
         return self.validation
 
     def _losses(self) -> dict[str, float]:
@@ -182,6 +191,55 @@ class FARTrainer:
         with self.run.accelerator.autocast():
             losses = memory_loss(self.network, latents, known, num_frames, torch.Generator().manual_seed(0))
         return {f"memory_{name}": value for name, value in losses.items()}
+
+    def _sample(self) -> dict[str, float]:
+        """What the main process measures on continuations; nothing in others, which wait for it."""
+        if self.samples is None:
+            return {}
+        run, measured = self.run, {}
+        model = run.whole_model()
+        if run.accelerator.is_main_process:
+            pipeline = self.make_pipeline(model).to(run.accelerator.device)
+            pipeline.set_progress_bar_config(disable=True)
+            measured = self.samples(pipeline, run.accelerator, run.clock.step)
+        run.accelerator.wait_for_everyone()
+        return measured
+
+    def _check_autoencoder(self, videos: LatentVideos) -> None:
+        options, pretrained = self.options, self.pretrained
+        if pretrained is not None and pretrained.pipeline is not None:
+            return  # its own was checked
+        if options.autoencoder is not None:
+            check_autoencoder(f"autoencoder={options.autoencoder!r}", Path(options.autoencoder), videos)
+        else:
+            raise ValueError(
+                f"autoencoder=None: validation_seconds={options.validation_seconds:g} takes the folder of "
+                "the autoencoder that made the latents, or 0"
+            )
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """Of a pipeline of the model, but for the model: those of the pretrained pipeline, or new ones."""
+        num_frames = self.options.num_frames
+        if self.pretrained is not None and self.pretrained.pipeline is not None:
+            before = FARVideoPipeline.from_pretrained(self.pretrained.pipeline, transformer=self.network)
+            vae, scheduler = before.vae, before.scheduler
+            defaults = {name: before.config[name] for name in ("num_inference_steps", "flex_rope_slope")}
+            num_frames = max(num_frames, before.config.num_training_frames or 0)
+        else:
+            vae, scheduler = AutoencoderDC.from_pretrained(self.options.autoencoder), make_scheduler("Euler")
+            defaults = {"num_inference_steps": NUM_INFERENCE_STEPS}
+        return defaults | {
+            "vae": vae,
+            "scheduler": scheduler,
+            "num_training_frames": num_frames,
+            "sample_size": self.sample_size,
+            "action_names": self.action_names,
+        }
+
+    def make_pipeline(self, model: FARTransformer3DModel) -> FARVideoPipeline:
+        """Of a model that has weights of this run."""
+        return FARVideoPipeline(model, **self._parts)
 
     def save_weights(self) -> None:
         if self.options.lora_rank is None:
@@ -279,12 +337,19 @@ def check_latents(pretrained: Pretrained, videos: LatentVideos) -> None:
             f"{videos.frame_shape[0]}"
         )
     if pretrained.pipeline is not None and videos.autoencoder is not None:
-        autoencoder = AutoencoderDC.from_pretrained(pretrained.pipeline / "vae")
-        if hash_autoencoder(autoencoder) != videos.autoencoder:
-            raise ValueError(
-                f"pretrained={pretrained.name!r}: {videos.folder} was encoded by another autoencoder; encode "
-                f"with {pretrained.pipeline / 'vae'}"
-            )
+        check_autoencoder(f"pretrained={pretrained.name!r}", pretrained.pipeline / "vae", videos)
+
+
+def check_autoencoder(argument: str, folder: Path, videos: LatentVideos) -> None:
+    """Raise unless the autoencoder in a folder can have made the latents."""
+    autoencoder = AutoencoderDC.from_pretrained(folder)
+    known = videos.autoencoder is not None
+    if autoencoder.config.latent_channels != videos.frame_shape[0] or (
+        known and hash_autoencoder(autoencoder) != videos.autoencoder
+    ):
+        raise ValueError(
+            f"{argument}: {videos.folder} was encoded by another autoencoder; encode with {folder}"
+        )
 
 
 def create_optimizers(model: FARTransformer3DModel, options: FAROptions) -> list[torch.optim.Optimizer]:

@@ -10,6 +10,7 @@ it, trains, and ends with a sample beside the truth. OUTPUT gets
     sample.mp4      a held-out video and its continuation by the model
     autoencoder/    of a new autoencoder: its run
     latents/        the encoded videos
+    samples/        continuations of held-out videos, of each validation
     plan.json       sizes and batch, kept when the run goes on
     log.jsonl, checkpoint-<step>/, ema/     the run, as of every script
 
@@ -55,8 +56,10 @@ from .options import (
     FrameOptions,
     MemoryOptions,
     ModelOptions,
+    NotNegative,
     Positive,
     RunOptions,
+    SampleOptions,
     Share,
     StartOptions,
     option,
@@ -102,7 +105,7 @@ SIZES = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions(StartOptions, MemoryOptions, FrameOptions, RunOptions):
+class TrainOptions(StartOptions, MemoryOptions, SampleOptions, FrameOptions, RunOptions):
     """Options of the command."""
 
     output_dir: str = option("far-model", "new folder for the model and all that leads to it")
@@ -136,6 +139,11 @@ class TrainOptions(StartOptions, MemoryOptions, FrameOptions, RunOptions):
     ema_decay: Share = option(0.999, "highest decay of the averaged weights")
     logging_steps: Count = option(20, "steps between two lines of the log")
     validation_steps: CountOrZero = option(500, "steps between two validations; 0 for none")
+    validation_seconds: NotNegative = option(
+        10.0,
+        "time of a validation for continuing held-out videos, to OUTPUT/samples and the tracker, with their "
+        "PSNR at 1, 4 and 16 frames; 0 for none",
+    )
 
     def __post_init__(self) -> None:
         FrameOptions.__post_init__(self)
@@ -764,6 +772,7 @@ def make_trainer(
         **{
             **options.shared(FAROptions),
             "latents": str(Path(options.output_dir) / "latents"),
+            "autoencoder": plan.autoencoder,
             "num_frames": plan.num_frames,
             "batch_size": plan.batch_size,
             "validation_batches": 4,
@@ -773,7 +782,7 @@ def make_trainer(
     height, width = options.pixels
     sample_size = height if height == width else (height, width)
     sizes = wanted_sizes(plan, pretrained)
-    return PipelineTrainer(sizes, settings, plan.autoencoder, sample_size, facts)
+    return PipelineTrainer(sizes, settings, sample_size, facts)
 
 
 def make_sample(source: Source, options: TrainOptions, plan: Plan, pretrained: Pretrained | None) -> str:
