@@ -92,10 +92,10 @@ def test_files_numbers_and_tracker(latents: Path, tmp_path: Path, vae: Path) -> 
 def test_videos_in_trackers(
     latents: Path, tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
 ) -> None:
-    pytest.importorskip(tracker, reason=f"needs {tracker}, which is not among the requirements")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(tracker, reason=f"needs {tracker}, which is not among the requirements")
     train(options(latents, tmp_path / "run", vae, "--report_to", tracker))
     kept = [file for file in tmp_path.rglob("*.mp4") if not file.is_relative_to(tmp_path / "run")]
     assert len(kept) == 4
