@@ -504,7 +504,6 @@ def play(**options: Any) -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--format",
-    "file_format",
     type=click.Choice(("onnx",)),
     default="onnx",
     show_default=True,
@@ -527,7 +526,7 @@ def play(**options: Any) -> None:
 def export(
     checkpoint: str,
     output: Path,
-    file_format: str,
+    format: str,
     dtype: str,
     variant: str | None,
     max_short_frames: Any,
@@ -553,7 +552,7 @@ def export(
     steps = num_inference_steps or None
     export_onnx(pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, **size)
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
-    click.echo(f"{output}: written, {file_format} in {dtype}, {megabytes:.1f} MB")
+    click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")
 
 
 @main.command()

@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import FlowMatchLCMScheduler
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far.cli import main
 from diffusers_far.export import ExportedRollout, export_onnx, seeded_noise
+from diffusers_far.shipped import ANY_STEP_CHECKPOINT as CHECKPOINT
+from diffusers_far.shipped import locate
 from tests import tiny_models as tm
 
 pytest.importorskip("onnxscript")
@@ -180,3 +184,34 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         export_onnx(pipe, output)
     assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_float16_is_close(tmp_path: Path) -> None:
+    exported = ExportedRollout(export_onnx(base_pipeline(), tmp_path / "onnx", "float16"), SEED)
+    dtypes = {one["name"]: one["dtype"] for one in exported.config["graphs"]["step"]["inputs"]}
+    assert dtypes["ring_keys"] == "float16" and dtypes["latents"] == "float32"
+    assert tm.TOLERANCE < largest_error(exported, base_pipeline(), [1, 3, 0, 2]) < 0.02
+
+
+def test_the_command_exports_the_shipped_model_in_int8(tmp_path: Path) -> None:
+    output = tmp_path / "game"
+    command = ["export", CHECKPOINT, str(output), "--dtype", "int8", "--num-inference-steps", "1"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert f"{output}: written, onnx in int8" in done.output
+    pipe = FARVideoPipeline.from_pretrained(locate(CHECKPOINT))
+    exported = ExportedRollout(output, SEED)
+    assert list(exported.config["samplers"]) == ["1", "2"]
+    latents = [torch.from_numpy(seeded_noise(1, frame, (16, 8, 8))) for frame in range(10)]
+    rollout = pipe.rollout(video_latents=torch.stack(latents)[None], output_type="latent")
+    for frame in latents:
+        exported.append_latents(frame.numpy())
+    noise = seeded_noise(SEED, 10, (16, 8, 8))
+    found = torch.from_numpy(exported.step_latents(1, noise))
+    expected = rollout.step_latents(torch.tensor([1]), torch.tensor(noise)[None, None])[0, 0]
+    error = float((found - expected).norm() / expected.norm())
+    assert tm.TOLERANCE < error < 0.05
+    weights = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    assert (output / "commit.onnx").stat().st_size < 1.6 * weights
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 1 and "exists already" in again.output

@@ -126,7 +126,10 @@ class ExportedRollout:
             action: that leads to it: an int; `[G]` ints of groups; `[A]` numbers of vectors. Negative (of
                 vectors NaN), or None: the null condition.
         """
-        latents = self.step_latents(action)
+        return self.decode(self.step_latents(action))
+
+    def decode(self, latents: Array) -> Array:
+        """The frame `[H, W, 3]` float32 in [0, 1] of scaled latents `[C, h, w]`."""
         return self._run("decode", {"latents": latents[None]})[0][0].transpose(1, 2, 0)
 
     def step_latents(self, action: Any = None, noise: Array | None = None) -> Array:
