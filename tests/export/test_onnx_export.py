@@ -1,6 +1,9 @@
 """Exported graphs in ONNX Runtime against the rollout in PyTorch, from the same noise."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +189,36 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert (output / "notes.txt").read_text() == "mine"
 
 
-def test_float16_is_close(tmp_path: Path) -> None:
-    exported = ExportedRollout(export_onnx(base_pipeline(), tmp_path / "onnx", "float16"), SEED)
+def test_float16_of_an_any_step_model_with_vectors_as_actions(tmp_path: Path) -> None:
+    config = {"action_dim": 2, "action_mean": [0.5, 1.0], "action_std": [2.0, 3.0], "use_meanflow": True}
+    pipe = tm.pipeline(tm.transformer(**config), num_training_frames=4)
+    exported = ExportedRollout(export_onnx(pipe, tmp_path / "onnx", "float16"), SEED)
     dtypes = {one["name"]: one["dtype"] for one in exported.config["graphs"]["step"]["inputs"]}
     assert dtypes["ring_keys"] == "float16" and dtypes["latents"] == "float32"
-    assert tm.TOLERANCE < largest_error(exported, base_pipeline(), [1, 3, 0, 2]) < 0.02
+    assert tm.TOLERANCE < largest_error(exported, pipe, [[1.0, -2.0], None, [3.0, 0.5], [0.0, 9.0]]) < 0.02
+    with pytest.raises(ValueError, match="must be 2 numbers"):
+        exported.step_latents([1.0, 2.0, 3.0])
+
+
+def test_a_game_needs_neither_pytorch_nor_onnx() -> None:
+    code = (
+        "import sys; from diffusers_far.export import ExportedRollout, FramePlan, seeded_noise\n"
+        "print([name for name in ('torch', 'onnx', 'onnxscript') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_names_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest)
+    )
+    done = CliRunner().invoke(main, ["export", CHECKPOINT, str(tmp_path / "game")])
+    assert done.exit_code == 1
+    assert 'export needs onnxscript: pip install "diffusers-far[onnx]"' in done.output
 
 
 def test_the_command_exports_the_shipped_model_in_int8(tmp_path: Path) -> None:

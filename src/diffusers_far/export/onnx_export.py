@@ -88,8 +88,9 @@ def export_onnx(
     model = _copied(pipeline.transformer, weights_dtype)
     model.set_attn_processor(MatmulAttnProcessor())
     vae = _copied(pipeline.vae, weights_dtype)
+    num_tokens = model.tokens_per_frame(*size)[1]
     samplers = {
-        str(number): _sampler(rollout.scheduler, number, model.tokens_per_frame(*size)[1], model)
+        str(number): sampler_weights(rollout.scheduler, number, num_tokens, model.config.use_meanflow)
         for number in numbers
     }
     slots = max(1, ring)
@@ -174,15 +175,28 @@ def _rope_frequencies(axis: int, theta: int) -> list[float]:
     return [float(theta) ** (-2 * index / axis) for index in range(axis // 2)]
 
 
-def _sampler(scheduler: SchedulerMixin, number: int, num_tokens: int, model: Any) -> dict[str, Any]:
+def sampler_weights(
+    scheduler: SchedulerMixin, number: int, num_tokens: int, any_step: bool
+) -> dict[str, Any]:
     """Levels of the steps, and how the latents come of the noise and the velocities.
 
     A solver without noise of its own adds multiples of what it has been given: after k steps the latents are
     `weights[k - 1][0] * noise + weights[k - 1][1] * velocity 1 + ... + weights[k - 1][k] * velocity k`. What
     they are shows when it is given unit vectors.
+
+    Args:
+        scheduler: stays as it is.
+        number: of denoising steps; some solvers take more forwards.
+        num_tokens, any_step: as in `set_timesteps`.
+
+    Returns:
+        `timesteps` and `ends` `[K]`, and the `weights`, K lists of 2 to K + 1 numbers.
+
+    Raises:
+        ValueError: for a scheduler that draws noise in its steps.
     """
     scheduler = copy.deepcopy(scheduler)
-    set_timesteps(scheduler, number, torch.device("cpu"), num_tokens, model.config.use_meanflow)
+    set_timesteps(scheduler, number, torch.device("cpu"), num_tokens, any_step)
     levels = scheduler.timesteps.float()
     units = torch.eye(len(levels) + 1)[:, None, :, None, None]  # [noise and velocities, 1, same, 1, 1]
     latents, weights = units[0], []
