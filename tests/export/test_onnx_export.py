@@ -190,7 +190,13 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_float16_of_an_any_step_model_with_vectors_as_actions(tmp_path: Path) -> None:
-    config = {"action_dim": 2, "action_mean": [0.5, 1.0], "action_std": [2.0, 3.0], "use_meanflow": True}
+    config = {
+        "action_dim": 2,
+        "action_mean": [0.5, 1.0],
+        "action_std": [2.0, 3.0],
+        "use_meanflow": True,
+        "num_layers": 1,
+    }
     pipe = tm.pipeline(tm.transformer(**config), num_training_frames=4)
     exported = ExportedRollout(export_onnx(pipe, tmp_path / "onnx", "float16"), SEED)
     dtypes = {one["name"]: one["dtype"] for one in exported.config["graphs"]["step"]["inputs"]}
