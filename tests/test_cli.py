@@ -17,7 +17,7 @@ from diffusers_far import ContextSchedule, FARVideoPipeline, cli
 from diffusers_far.video_files import VideoFile, VideoWriter, read_video, save_video
 from tests.tiny_models import long_transformer, pipeline, transformer
 
-COMMANDS = ["continue", "convert", "demo", "generate", "info", "play", "push"]
+COMMANDS = ["continue", "convert", "demo", "export", "generate", "info", "play", "push"]
 
 
 @pytest.fixture(scope="module")

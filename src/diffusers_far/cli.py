@@ -501,6 +501,62 @@ def play(**options: Any) -> None:
 
 @main.command()
 @click.argument("checkpoint")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    type=click.Choice(("onnx",)),
+    default="onnx",
+    show_default=True,
+    help="Of files.",
+)
+@click.option(
+    "--dtype", type=click.Choice(("float32", "float16", "int8")), default="float32", show_default=True
+)
+@click.option("--height", type=int, help="Of the frames, in pixels; default: the checkpoint's.")
+@click.option("--width", type=int, help="As --height.")
+@click.option(
+    "--num-inference-steps",
+    type=int,
+    multiple=True,
+    help="That a player may choose from; repeat it. Default: 1, 2, 4, 8 and the checkpoint's.",
+)
+@click.option("--max-short-frames", type=FrameCount(), default="trained", show_default=True, help=KEPT)
+@click.option("--max-long-frames", type=FrameCount(), default="trained", show_default=True, help=KEPT)
+@VARIANT
+def export(
+    checkpoint: str,
+    output: Path,
+    format: str,
+    dtype: str,
+    variant: str | None,
+    max_short_frames: Any,
+    max_long_frames: Any,
+    num_inference_steps: tuple[int, ...],
+    **size: int | None,
+) -> None:
+    """Write CHECKPOINT, a folder or repo id, to the new folder OUTPUT as graphs that run without PyTorch.
+
+    \b
+    diffusers-far export checkpoints/far-doom-maze-64-any-step my-game --dtype int8
+    """
+    import importlib.util
+
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'export needs {name}: pip install "diffusers-far[onnx]"')
+    from .context_schedule import ContextSchedule
+    from .export import export_onnx
+
+    pipeline = load_pipeline(checkpoint, "cpu", "float32", variant)
+    schedule = ContextSchedule(max_short_frames, max_long_frames)
+    steps = num_inference_steps or None
+    export_onnx(pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, **size)
+    megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")
+
+
+@main.command()
+@click.argument("checkpoint")
 @VARIANT
 def info(checkpoint: str, variant: str | None) -> None:
     """What CHECKPOINT, a folder or repo id, is: sizes, conditions, defaults, memory of its context.
