@@ -42,7 +42,8 @@ def compare(
             seconds += middle - begin, time.perf_counter() - middle
         errors.append(relative_rms(found, expected[0].numpy()))
         with torch.no_grad():
-            pixels = (pipe.decode_latents(expected)[0] / 2 + 0.5).clamp(0, 1).numpy()
+            decoded = pipe.decode_latents(expected)
+        pixels = pipe.video_processor.postprocess(decoded, output_type="pt")[0].numpy()
         shown = exported.decode(found).transpose(2, 0, 1)
         pixel_errors.append(float(np.abs(shown - pixels).mean()) * 255)
     milliseconds = seconds / max(1, frames - 1) * 1000

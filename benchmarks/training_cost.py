@@ -63,8 +63,8 @@ def main() -> None:
     mean = statistics.mean(
         (a + b) / 2 for a, b in zip(operations, operations[1:] or operations, strict=False)
     )
-    sizes = {name: value for name, value in published.transformer.items() if name != "in_channels"}
-    sizes.pop("out_channels")
+    channels_of = ("in_channels", "out_channels")
+    sizes = {name: value for name, value in published.transformer.items() if name not in channels_of}
     channels, frames = published.transformer["in_channels"], published.num_frames
     kept, checkpointed = (
         measure_cost(sizes, channels, (grid, grid), frames, gradient_checkpointing=option).memory

@@ -17,6 +17,11 @@ def load_episode(folder: Path, index: int) -> tuple[np.ndarray, list[int]]:
     return read_video(folder / episode["file_name"]), episode["actions"]
 
 
+def zoom_of(height: int, width: int) -> int:
+    """How many times a small frame is enlarged, so that its shorter side has about 256 pixels."""
+    return max(1, 256 // min(height, width))
+
+
 def side_by_side(truth: np.ndarray, prediction: np.ndarray, num_context: int, zoom: int = 4) -> np.ndarray:
     """Truth left, prediction right, both `[T, H, W, 3]` in [0, 1]; a green frame marks context, a red
     one prediction.

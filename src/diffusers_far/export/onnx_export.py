@@ -23,7 +23,7 @@ from .onnx_graphs import (
     CommitGraph,
     DecodeGraph,
     EncodeGraph,
-    MatmulAttnProcessor,
+    PlainAttnProcessor,
     StepGraph,
     example_inputs,
 )
@@ -86,7 +86,7 @@ def export_onnx(
     channels, *size = rollout.context_latents.shape[2:]
     weights_dtype = torch.float16 if dtype == "float16" else torch.float32
     model = _copied(pipeline.transformer, weights_dtype)
-    model.set_attn_processor(MatmulAttnProcessor())
+    model.set_attn_processor(PlainAttnProcessor())
     vae = _copied(pipeline.vae, weights_dtype)
     num_tokens = model.tokens_per_frame(*size)[1]
     samplers = {

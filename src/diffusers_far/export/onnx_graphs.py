@@ -19,7 +19,7 @@ from ..tokens import unpatchify
 from ..transformer_far import FARTransformer3DModel
 
 
-class MatmulAttnProcessor(FARAttnProcessor):
+class PlainAttnProcessor(FARAttnProcessor):
     """Attention from matrix products, which every runtime has."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ class FrameGraph(nn.Module):
     """What step and commit share: frames of fixed number and level, over a context of fixed size.
 
     Args:
-        model: with `MatmulAttnProcessor`.
+        model: with `PlainAttnProcessor`.
         num_long_frames, num_short_frames: that go in.
         context: (frames, tokens of each) of every part of the context.
         height, width: of the latents.

@@ -789,7 +789,7 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan, pretrained: P
     """Continue a held-out video with the model, the truth beside it; returns what is in the file."""
     from diffusers.utils import logging as diffusers_logging
 
-    from ..demo import side_by_side
+    from ..demo import side_by_side, zoom_of
     from ..pipeline_far_video import FARVideoPipeline
     from ..video_files import save_video
 
@@ -817,7 +817,7 @@ def make_sample(source: Source, options: TrainOptions, plan: Plan, pretrained: P
         **conditions,
     ).frames[0]
     rate = (options.fps or episode.frame_rate or 10) / options.stride
-    zoom = max(1, 256 // min(options.pixels))
+    zoom = zoom_of(*options.pixels)
     save_video(side_by_side(frames / 255.0, prediction, num_context, zoom), output / "sample.mp4", rate)
     return (
         f"{output / 'sample.mp4'}: {episode.name}, held out; left the truth, right {num_context} frames of "

@@ -4,7 +4,6 @@ The model predicts the last frames of clips; the truth is what the autoencoder m
 measures the prediction alone, without the autoencoder's own error.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..demo import side_by_side
+from ..demo import side_by_side, zoom_of
 from ..metrics import psnr
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
@@ -24,9 +23,6 @@ from .clips import LatentVideos
 MOST_NEW_FRAMES = 16
 MEASURED_FRAMES = (1, 4, 16)  # how far ahead, if so many are predicted
 FRAME_RATE = 10.0  # of the files: latents do not tell that of their videos
-ZOOMED_SIDE = 256  # pixels that a small frame is enlarged to
-
-logger = logging.getLogger(__name__)
 
 
 class ValidationSamples:
@@ -94,9 +90,9 @@ class ValidationSamples:
         name = "-".join(relative.parts)
         file = self.folder / f"step-{step:07d}-{name}.mp4"
         pictures = truth.movedim(1, -1).numpy(), prediction.movedim(1, -1).numpy()
-        zoom = max(1, ZOOMED_SIDE // min(truth.shape[-2:]))
         num_context = self.num_frames - self.num_new_frames
-        save_video(side_by_side(pictures[0], pictures[1], num_context, zoom), file, FRAME_RATE)
+        zoom = zoom_of(*truth.shape[-2:])
+        save_video(side_by_side(*pictures, num_context, zoom), file, FRAME_RATE)
         report(accelerator.trackers, f"samples/{name}", file, pictures, step)
 
 
