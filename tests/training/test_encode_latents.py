@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from diffusers_far.training import encode_latents as script
 from diffusers_far.training.clips import LatentVideos
 from diffusers_far.training.options import FrameOptions
 from diffusers_far.training.sources import open_source
+from tests.training.processes import finish, start
 from tests.video_writing import numbered_frames
 from tests.video_writing import write_video as numbered_video
 
@@ -118,6 +120,20 @@ def test_jobs_share_out_the_videos(data: Path, tmp_path: Path) -> None:
     assert done.keys() == files("whole").keys()
     for name in done:
         whole, shared = load_file(tmp_path / "whole" / name), load_file(tmp_path / "shared" / name)
+        assert all(torch.equal(value, whole[key]) for key, value in shared.items())
+
+
+def test_processes_share_out_the_videos(data: Path, tmp_path: Path, repository: Path) -> None:
+    save_autoencoder(tmp_path / "autoencoder")
+    encode(data, tmp_path / "autoencoder", tmp_path / "whole")
+    words = [str(data), "--autoencoder", str(tmp_path / "autoencoder"), "--output", str(tmp_path / "shared")]
+    processes = start(["-m", "training.encode_latents", *words], 2, repository)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    shares = [re.findall(r"(train|validation): (\d+) of \d+ episodes", text) for text in said]
+    assert shares == [[("train", "1"), ("validation", "1")], [("train", "1"), ("validation", "0")]]
+    for name in ("train/00000", "train/00001", "validation/00002"):
+        whole, shared = (load_file(tmp_path / f / f"{name}.safetensors") for f in ("whole", "shared"))
         assert all(torch.equal(value, whole[key]) for key, value in shared.items())
 
 

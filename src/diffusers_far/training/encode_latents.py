@@ -77,6 +77,11 @@ class EncodeOptions(FrameOptions):
         return int(found[1]) - 1, int(found[2])
 
 
+def processes() -> PartialState:
+    """Those that share the work; on CPUs they know nothing of each other unless told that it is CPUs."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def hash_autoencoder(autoencoder: AutoencoderDC) -> str:
     """Hash of what latents depend on: the encoder's weights and the scaling factor.
 
@@ -185,7 +190,7 @@ def encode_split(
     if strange := sorted(set(folder.rglob("*.safetensors")) - set(files)):
         names = ", ".join(str(file) for file in strange[:10])
         raise ValueError(f"output: {len(strange)} files are of no video of {split}: {names}; remove them")
-    state, (part, num_parts) = PartialState(), options.part
+    state, (part, num_parts) = processes(), options.part
     own_share = part * state.num_processes + state.process_index
     number = 0
     for index, episode in enumerate(episodes):
@@ -212,7 +217,7 @@ def encode(
     Args:
         encoded: called with a split and the number of its episodes that this process has been through.
     """
-    state = PartialState()
+    state = processes()
     autoencoder = AutoencoderDC.from_pretrained(options.autoencoder).to(state.device).eval()
     autoencoder.to(memory_format=torch.channels_last)
     own = hash_autoencoder(autoencoder)
@@ -229,7 +234,7 @@ def main(command_line: list[str]) -> None:
     source = open_source(data, options.ignore_actions, options.camera)
     if "validation" not in options.splits:
         source = replace(source, holds_out=False)  # all that there is, then
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         for line in source.describe(options).splitlines():
             logger.info(line)
     encode(source, options)
