@@ -1,6 +1,8 @@
 """The command `diffusers-far`: what the Python API does, under the same names."""
 
+import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ NUM_NEW_FRAMES = 32
 MAX_GIVEN_FRAMES = 600
 FRAME_RATE = 10  # of videos made from nothing, and where a file does not say
 DTYPES = ("float32", "bfloat16", "float16")
+EXPORT_DTYPES = ("float32", "float16", "int8")
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 KEPT = "Of the context: a number, all, or as many as the model was trained with."
@@ -509,9 +512,7 @@ def play(**options: Any) -> None:
     show_default=True,
     help="Of files.",
 )
-@click.option(
-    "--dtype", type=click.Choice(("float32", "float16", "int8")), default="float32", show_default=True
-)
+@click.option("--dtype", type=click.Choice(EXPORT_DTYPES), default="float32", show_default=True)
 @click.option("--height", type=int, help="Of the frames, in pixels; default: the checkpoint's.")
 @click.option("--width", type=int, help="As --height.")
 @click.option(
@@ -539,11 +540,7 @@ def export(
     \b
     diffusers-far export checkpoints/far-doom-maze-64-any-step my-game --dtype int8
     """
-    import importlib.util
-
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f'export needs {name}: pip install "diffusers-far[onnx]"')
+    need_export()
     from .context_schedule import ContextSchedule
     from .export import export_onnx
 
@@ -553,6 +550,13 @@ def export(
     export_onnx(pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, **size)
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")
+
+
+def need_export() -> None:
+    """Raise a ValueError where a package is missing that the export needs."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'the export needs {name}: pip install "diffusers-far[onnx]"')
 
 
 @main.command()
@@ -572,27 +576,85 @@ def info(checkpoint: str, variant: str | None) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("checkpoint")
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="If the repository is new.")
-@click.option("--revision", help="Branch; created where it does not exist.")
 @click.option("--token", help="Default: that of `hf auth login`.")
+@VARIANT
+@click.option("--revision", help="Of a model: branch; created where it does not exist.")
 @click.option(
     "--sample-video",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="To add as sample.mp4.",
+    help="Of a model: to add as sample.mp4.",
 )
-@VARIANT
-def push(checkpoint: Path, repo_id: str, variant: str | None, **options: Any) -> None:
+@click.option(
+    "--space",
+    type=click.Choice(("gradio", "static")),
+    help="Upload a Space with the model: the app of `play`, or a page without a server.",
+)
+@click.option(
+    "--dry-run", type=click.Path(path_type=Path), metavar="FOLDER", help="Only write the Space here."
+)
+@click.option("--title", help="Of the Space; default: the last part of REPO_ID.")
+@click.option("--license", help="Of the Space; default: the license of the model's card.")
+@click.option("--hardware", help="Of a gradio Space: cpu-basic (default), zero-a10g (ZeroGPU), t4-small, ...")
+@click.option(
+    "--episodes",
+    help="Of a gradio Space: videofolder to start from. Default: the shipped one for shipped models.",
+)
+@click.option("--dtype", type=click.Choice(EXPORT_DTYPES), help="Of a static Space; default: float16.")
+@click.option("--page", help="Of a static Space: the folder that `make web` made; default: web/dist.")
+def push(
+    checkpoint: str,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    variant: str | None,
+    revision: str | None,
+    sample_video: Path | None,
+    space: str | None,
+    dry_run: Path | None,
+    **space_options: str | None,
+) -> None:
     """Upload the pipeline folder CHECKPOINT to REPO_ID on the Hub, with a model card if it has none.
+
+    With --space, upload a Space in which people play CHECKPOINT: a folder, which goes into the Space, or a
+    repo id, which a gradio Space loads. docs/spaces.md tells more.
 
     \b
     diffusers-far push runs/my-model me/my-model --private
+    diffusers-far push runs/my-model me/my-game --space gradio --hardware zero-a10g
+    diffusers-far push me/my-model me/my-game --space static --dry-run my-game
     """
-    from .hub import push_folder
+    of_space = {"dry_run": dry_run, **space_options}
+    of_model = {"revision": revision, "sample_video": sample_video}
+    for name, value in (of_model if space else of_space).items():
+        if value is not None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} goes {'without' if space else 'with'} --space"
+            )
+    if space is None:
+        if not Path(checkpoint).is_dir():
+            raise click.UsageError(f"CHECKPOINT: {checkpoint} is not there; it takes a pipeline folder")
+        from .hub import push_folder, told_in_our_words
 
-    pipeline = load_pipeline(str(checkpoint), "cpu", variant=variant)
-    click.echo(push_folder(checkpoint, repo_id, pipeline, **options))
+        pipeline = load_pipeline(checkpoint, "cpu", variant=variant)
+        with told_in_our_words(repo_id):
+            click.echo(push_folder(checkpoint, repo_id, pipeline, private, revision, token, sample_video))
+        return
+    if space == "static":
+        need_export()
+    from .space import push_space, write_space
+
+    if dry_run is not None:
+        write_space(dry_run, checkpoint, repo_id, space, variant=variant, **space_options)
+        click.echo(f"{dry_run}: written")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_space(
+            Path(folder) / "space", checkpoint, repo_id, space, variant=variant, **space_options
+        )
+        click.echo(push_space(written, repo_id, space, private, space_options["hardware"], token))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 
 from ..loading import load_pipeline
 from ..pipeline_far_video import FARVideoPipeline
-from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, find
+from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, WORLDS, find
 from .compare import compare_tab
 from .continue_video import continue_tab
 from .play import play_tab
@@ -25,8 +25,6 @@ from .uploads import MAX_UPLOAD_MB
 from .visitors import Gate, Visitors
 
 TITLE = "FAR: video, frame after frame"
-# What the shipped models were trained with, by the name of their folder or repository.
-WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
 DEFAULT_SIDE = 64  # of frames where nothing else says it
 MAX_JOBS_WAITING = 64
 CLEANING = (600, 3600)  # every ten minutes, videos that are an hour old are removed
@@ -100,6 +98,8 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     max_players: int = 8,
+    variant: str | None = None,
+    world: str | None = None,
 ) -> None:
     """Serve the app until it is interrupted or terminated; no file of it is left behind.
 
@@ -110,6 +110,8 @@ def launch(
         host: address to listen on; 0.0.0.0 for all.
         port: by default the first free one from 7860 on.
         max_players: games at once.
+        variant: of the checkpoint's weights, such as fp16.
+        world: what the model was trained with, in a word or two; known of the shipped models.
     """
     stop, visitors = threading.Event(), Visitors()
     if threading.current_thread() is threading.main_thread():  # others may not
@@ -117,13 +119,14 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="diffusers-far-") as temporary:
         os.environ.setdefault("GRADIO_TEMP_DIR", temporary)  # uploads, and videos for visitors
         app = build_app(
-            load_pipeline(checkpoint, device),
+            load_pipeline(checkpoint, device, variant=variant),
             None if episodes is None else find(episodes, "episodes"),
             Players(max_players),
             visitors,
-            world=WORLDS.get(Path(checkpoint).name),
+            world=world or WORLDS.get(Path(checkpoint).name),
         )
-        serve(app, visitors, server_name=host, server_port=port)
+        # Not rendered by a server of Node's, as Spaces may ask for: the game is JavaScript of the page.
+        serve(app, visitors, server_name=host, server_port=port, ssr_mode=False)
         try:
             while not stop.wait(3600):
                 pass
