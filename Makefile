@@ -4,12 +4,13 @@ PYTHON ?= python
 # Two pytest workers share the cores: more threads in each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check check-portable test format demo
+.PHONY: check check-portable test web format demo
 
 check:  ## what the continuous checks run
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	@if command -v npm >/dev/null || [ "$$CI" = true ]; then $(MAKE) web; else echo "no npm: web/ is not checked"; fi
 	$(PYTHON) -m pytest -n 2
 	$(MAKE) check-portable
 
@@ -19,6 +20,9 @@ check-portable:  ## parity as on CPUs without AVX-512 and AMX, and as on those w
 
 test:
 	$(PYTHON) -m pytest -n 2
+
+web:  ## the page of web/, built into web/dist
+	cd web && npm ci --no-audit --no-fund && npm run check && npm run build
 
 format:
 	$(PYTHON) -m ruff check --fix .
