@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from huggingface_hub import SpaceCard, SpaceHardware
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from diffusers_far import space
 from diffusers_far.cli import main
@@ -34,6 +35,19 @@ const model = await (await fetch("model/rollout.json")).json();
 const step = await (await fetch("model/step.onnx")).arrayBuffer();
 document.title = `${model.dtype}, ${step.byteLength} bytes, isolated: ${crossOriginIsolated}`;
 new SharedArrayBuffer(8);
+</script>
+"""
+
+
+SPACE_HOST = "me-game.hf.space"
+# The page around a Space: says that it knows visitors, and who this one is.
+HUB = f"""
+<iframe src="https://{SPACE_HOST}/" width="1000" height="900"></iframe>
+<script>
+addEventListener("message", ({{ data, ports, source, origin }}) => {{
+  if (data === "zerogpu-headers") ports[0].postMessage({{ "x-ip-token": "me" }});
+  else source.postMessage(data, origin);
+}});
 </script>
 """
 
@@ -169,6 +183,46 @@ def test_a_gradio_space_is_played(shipped_game: Path, environment: Path, browser
         page.keyboard.down("w")
         expect(status).to_contain_text(re.compile(r"frame (3[4-9]|[4-9]\d)"), timeout=60_000)
         page.close()
+
+
+def test_a_zero_gpu_space_is_played(
+    repository: Path, environment: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """With a double of `spaces`, in a page as the Hub has around a Space: loans count against the visitor."""
+    folder = tmp_path / "game"
+    space.write_space(
+        folder, str(repository / ANY_STEP_CHECKPOINT), "me/game", "gradio", hardware="zero-a10g"
+    )
+    assert (folder / "requirements.txt").read_text().splitlines()[-1] == "spaces"
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.suggested_hardware, card.python_version) == ("zero-a10g", "3.12")
+    log = tmp_path / "loans"
+    double = str(repository / "tests" / "browser" / "double")
+    with running(environment, folder, PYTHONPATH=double, SPACES_DOUBLE_LOG=str(log)) as url:
+        page = browser.new_page()
+
+        def forward(route: Route) -> None:
+            if "heartbeat" in route.request.url:  # never ends
+                return route.abort()
+            headers = route.request.headers | {"x-forwarded-host": SPACE_HOST, "x-forwarded-proto": "https"}
+            answer = route.fetch(url=route.request.url.replace(f"https://{SPACE_HOST}", url), headers=headers)
+            return route.fulfill(response=answer)
+
+        hub = "https://huggingface.co"
+        page.route(f"{hub}/**", lambda route: route.fulfill(content_type="text/html", body=HUB))
+        page.route(f"https://{SPACE_HOST}/**", forward)
+        page.goto(f"{hub}/spaces/me/game")
+        game = page.frame_locator("iframe")
+        status = game.locator("#play .far-status")
+        expect(status).to_contain_text("frame 31", timeout=60_000)
+        assert not log.exists()  # nobody plays yet
+        game.locator(".far-step").click()
+        expect(status).to_contain_text("frame 32", timeout=60_000)
+        game.locator(".far-step").click()
+        expect(status).to_contain_text("frame 33", timeout=60_000)
+        assert game.get_by_role("tab").all_inner_texts() == ["Play", "Continue a video"]
+        page.close()
+    assert json.loads(log.read_text().splitlines()[0]) == {"duration": 30, "visitor": "me"}
 
 
 @contextmanager

@@ -91,8 +91,6 @@ def write_space(
         raise ValueError(f"--dry-run: {folder} exists already; it takes a new folder, or an empty one")
     page_folder = find_page(page) if sdk == "static" else None
     hardware = check_hardware(hardware)
-    if hardware == ZERO_GPU:
-        raise ValueError(f"--hardware: got {hardware}; the app cannot run on ZeroGPU yet")
     world = WORLDS.get(Path(checkpoint).name)
     if sdk == "gradio" and world is not None:
         episodes = episodes or EPISODES
