@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ def on_pre_build(config: Any) -> None:
     """Examples run in a folder of their own, with the checkpoints and the sample episodes, and no network."""
     global _folder
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # The commands of this environment, also where it is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     from diffusers.utils import logging
 
     from diffusers_far import FARVideoPipeline
