@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ def on_pre_build(config: Any) -> None:
     """Examples run in a folder of their own, with the checkpoints and the sample episodes, and no network."""
     global _folder
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # The commands of this environment, also where it is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     from diffusers.utils import logging
 
     from diffusers_far import FARVideoPipeline
@@ -31,10 +34,14 @@ def on_pre_build(config: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Examples of a page run one after the other, as one program; what they print stands below them."""
     assert _folder is not None
-    how = f'exec="on" source="above" result="text" workdir="{_folder.name}"'
-    markdown = re.sub(r'^(```bash )exec="on"', rf"\1{how}", markdown, flags=re.M)
-    how += f' session="{page.file.src_uri}"'
-    return as_paths(re.sub(r'^(```python )exec="on"', rf"\1{how}", markdown, flags=re.M))
+    how = f'exec="on" source="above" workdir="{_folder.name}"'
+
+    def options(block: re.Match[str]) -> str:
+        session = f' session="{page.file.src_uri}"' if block[1] == "python" else ""
+        shown = ' result="text"' if block[1] == "bash" or "print(" in block[2] else ""  # else an empty box
+        return f"```{block[1]} {how}{session}{shown}\n{block[2]}```"
+
+    return as_paths(re.sub(r'^```(python|bash) exec="on"\n(.*?)^```', options, markdown, flags=re.M | re.S))
 
 
 def as_paths(markdown: str) -> str:
