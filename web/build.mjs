@@ -1,7 +1,7 @@
 // Builds dist/: the page, its worker, and ONNX Runtime's files, WASM compressed as servers may not.
 
 import { createHash } from "node:crypto";
-import { cpSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
@@ -23,10 +23,18 @@ for (const [backend, name] of [["wasm", "ort-wasm-simd-threaded"], ["webgpu", "o
 const options = { bundle: true, minify: true, target: "es2022", outdir: "dist", logLevel: "warning" };
 await build({
   ...options,
-  entryPoints: ["src/worker.ts"],
+  entryPoints: ["src/main.ts", "src/worker.ts"],
   format: "esm",
   splitting: true,
   chunkNames: "[name]-[hash]",
   conditions: ["onnxruntime-web-use-extern-wasm"],
   define: { RUNTIMES: JSON.stringify(runtimes) },
+});
+for (const name of ["index.html", "style.css"]) cpSync(`src/${name}`, `dist/${name}`);
+const files = readdirSync("dist").filter((name) => !name.endsWith(".bin"));
+const version = hash(files.map((name) => hash(readFileSync(`dist/${name}`))).join()).slice(0, 16);
+await build({
+  ...options,
+  entryPoints: ["src/service_worker.ts"],
+  define: { FILES: JSON.stringify(["./", ...files]), VERSION: JSON.stringify(version) },
 });

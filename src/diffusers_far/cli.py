@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .loading import check_device, load_pipeline
@@ -484,13 +485,34 @@ def train(words: tuple[str, ...]) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all addresses.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860 on.")
 @click.option("--max-players", type=click.IntRange(1), default=8, show_default=True)
-def play(**options: Any) -> None:
+@click.option("--static", is_flag=True, help="The page without a server: the browser runs the model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(EXPORT_DTYPES),
+    default="float16",
+    show_default=True,
+    help="Of the export that --static serves.",
+)
+def play(static: bool, dtype: str, **options: Any) -> None:
     """Serve the browser demo: play a world model, continue a video, compare kinds of context.
+
+    With --static, the visitor's browser runs the model, exported into the cache at first need; the checkpoint
+    may be a folder that `diffusers-far export` wrote.
 
     \b
     diffusers-far play
     diffusers-far play --checkpoint far-b-long-minecraft --device cuda --host 0.0.0.0
+    diffusers-far play --static
     """
+    given = click.get_current_context().get_parameter_source
+    ignored = ("device", "max_players") if static else ("dtype",)
+    for name in ignored:
+        if given(name) is ParameterSource.COMMANDLINE:
+            text = f"--{name.replace('_', '-')} goes {'without' if static else 'with'} --static"
+            raise click.UsageError(text)
+    if static:
+        serve_static(options["checkpoint"], options["episodes"], dtype, options["host"], options["port"])
+        return
     try:
         from .browser.app import launch
     except ModuleNotFoundError as error:
@@ -500,6 +522,32 @@ def play(**options: Any) -> None:
     if options["device"] is not None:
         check_device(options["device"])
     launch(**options)
+
+
+def serve_static(checkpoint: str, episodes: str, dtype: str, host: str, port: int | None) -> None:
+    """Serve the page of web/ with a model until Ctrl-C."""
+    from .browser.static_page import find_page, make_server
+
+    page = find_page()
+    model = Path(checkpoint)
+    if not (model / "rollout.json").is_file():
+        need_export()
+        from .browser.starts import starts_for_export
+        from .export.kept_export import kept_export
+
+        pipeline = load_pipeline(checkpoint, "cpu", "float32")
+        folder = find(episodes, "episodes")
+        starts = starts_for_export(folder, pipeline.default_size, pipeline.transformer.action_space)
+        click.echo("Exporting the model, unless the cache has it; about a minute the first time", err=True)
+        model = kept_export(pipeline, dtype, starts)
+    server = make_server(page, model, host, port)
+    click.echo(f"Play at http://{host}:{server.server_port}/ until Ctrl-C; model: {model}")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
 
 
 @main.command()
@@ -513,6 +561,7 @@ def play(**options: Any) -> None:
     help="Of files.",
 )
 @click.option("--dtype", type=click.Choice(EXPORT_DTYPES), default="float32", show_default=True)
+@click.option("--episodes", help="Videofolder to cut starts of games from; default: no starts.")
 @click.option("--height", type=int, help="Of the frames, in pixels; default: the checkpoint's.")
 @click.option("--width", type=int, help="As --height.")
 @click.option(
@@ -530,6 +579,7 @@ def export(
     format: str,
     dtype: str,
     variant: str | None,
+    episodes: str | None,
     max_short_frames: Any,
     max_long_frames: Any,
     num_inference_steps: tuple[int, ...],
@@ -541,13 +591,22 @@ def export(
     diffusers-far export checkpoints/far-doom-maze-64-any-step my-game --dtype int8
     """
     need_export()
+    from .browser.starts import starts_for_export
     from .context_schedule import ContextSchedule
     from .export import export_onnx
 
     pipeline = load_pipeline(checkpoint, "cpu", "float32", variant)
     schedule = ContextSchedule(max_short_frames, max_long_frames)
     steps = num_inference_steps or None
-    export_onnx(pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, **size)
+    default_height, default_width = pipeline.default_size
+    frame_size = size["height"] or default_height, size["width"] or default_width
+    starts = []
+    if episodes is not None:
+        space = pipeline.transformer.action_space
+        starts = starts_for_export(find(episodes, "episodes"), frame_size, space)
+    export_onnx(
+        pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, starts=starts, **size
+    )
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")
 

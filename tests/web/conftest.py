@@ -23,7 +23,7 @@ PATIENCE = 60_000  # milliseconds
 def dist(repository: Path) -> Path:
     """The built page; tests of it are skipped where it is not built, and fail under CI=true."""
     folder = repository / "web" / "dist"
-    missing = shutil.which("node") is None or not (folder / "worker.js").is_file()
+    missing = shutil.which("node") is None or not (folder / "index.html").is_file()
     if missing:
         reason = "needs node and the built page (Debian: apt-get install nodejs npm; then: make web)"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
@@ -32,9 +32,9 @@ def dist(repository: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def long_model(tmp_path_factory: pytest.TempPathFactory, dist: Path) -> Path:
-    """Of a Long model with named actions and two starts."""
+    """Of a Long model with named actions, classes and two starts."""
     pytest.importorskip("onnxscript")
-    model = tm.long_transformer(num_actions=6, num_layers=1)
+    model = tm.long_transformer(num_actions=6, num_classes=5, num_layers=1)
     pipe = tm.pipeline(model, num_training_frames=14, action_names=ACTIONS)
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     starts = [(frames, [0, 1, 2, 3, 4, 5]), (frames[:2], None)]

@@ -80,7 +80,7 @@ export class Graphs {
   private async session(name: string): Promise<Ort.InferenceSession> {
     const { file, weights } = this.config.graphs[name];
     const externalData = weights ? [{ path: weights, data: await this.file(weights) }] : [];
-    const options = { executionProviders: [this.backend], externalData, graphOptimizationLevel: "all" as const };
+    const options = { executionProviders: [this.backend], externalData, logSeverityLevel: 3 as const };
     return this.ort.InferenceSession.create(await this.file(file), options);
   }
 
