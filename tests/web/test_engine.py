@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page
 
 from diffusers_far.export import ExportedRollout, FramePlan, seeded_noise
-from tests.web.conftest import serving
+from tests.web.conftest import ASK, serving
 
 SEED = 2**40 + 7
 BLANK = "style.css"  # a place of the page's origin that starts nothing
@@ -61,6 +61,28 @@ def test_a_game_with_rewind_and_branch_is_that_of_python(
     assert ask("back") == 29
     exported = branch
     play([5, 0])
+    assert ask("trace") == exported.trace
+
+
+def test_200_frames_are_those_of_python(
+    page: Page, url: str, ask: Callable[..., Any], long_model: Path
+) -> None:
+    """Many times round the ring, so that errors of either would add up."""
+    exported = ExportedRollout(long_model, SEED, num_inference_steps=1, num_threads=1)
+    actions = [index * 7 % 11 % 6 for index in range(200)]
+    page.goto(url + BLANK)
+    ask("load", {"folder": url + "model/", "backend": "wasm"})
+    ask("begin", {"beginning": None, "settings": {"seed": SEED}})
+    play = f"""async (actions) => {{
+        const ask = {ASK}, replies = [];
+        for (const action of actions) replies.push(await ask(["step", {{ action, numSteps: 1 }}]));
+        return replies.filter((one) => one.number % 20 === 19);
+    }}"""
+    frames = [exported.step(action) for action in actions]
+    replies = page.evaluate(play, actions)
+    assert [reply["number"] for reply in replies] == list(range(19, 200, 20))
+    for reply in replies:
+        assert largest_difference(reply, frames[reply["number"]]) < 0.51
     assert ask("trace") == exported.trace
 
 

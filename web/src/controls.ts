@@ -46,7 +46,7 @@ export class Controls {
     if (!this.names) return this.held.size ? Number([...this.held].pop()) : null;
     const held = new Set([...this.held, ...this.onGamepad()]);
     if (held.size) this.touched = true;
-    if (!this.touched && this.names.includes("forward")) held.add(number % 16 < 12 ? "forward" : "left");
+    if (!this.touched && this.names.includes("forward")) held.add(number % 12 < 6 ? "forward" : "left");
     const turn = held.has("left") ? "left" : held.has("right") ? "right" : "";
     const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : "";
     const found = [walk && turn && `${walk}-${turn}`, walk, turn, "noop"].find((name) => name && this.names!.includes(name));

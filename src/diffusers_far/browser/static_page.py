@@ -54,7 +54,7 @@ def find_page() -> Path:
     if not (page / "index.html").is_file():
         raise ValueError(
             f"--static: {PAGE} is not built; run `make web` in a checkout of diffusers-far "
-            "(it needs node 20 and npm; Debian: apt-get install nodejs npm)"
+            "(it needs node 18 or newer, and npm; Debian: apt-get install nodejs npm)"
         )
     return page
 
