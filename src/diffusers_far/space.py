@@ -265,7 +265,18 @@ def python_version() -> str:
 
 def is_from_index() -> bool:
     """Whether pip can install what runs here by its version: not a checkout or a file of one's own."""
-    return importlib.metadata.distribution("diffusers-far").read_text("direct_url.json") is None
+    return installed_package().read_text("direct_url.json") is None
+
+
+def installed_package() -> importlib.metadata.Distribution:
+    """What pip installed: beside the sources of a checkout there may be metadata of a build, too."""
+    found = list(importlib.metadata.distributions(name="diffusers-far"))
+    by_pip = [distribution for distribution in found if distribution.read_text("RECORD")]
+    if not by_pip:
+        raise ValueError(
+            "diffusers-far is not installed, so its requirements are not known: pip install -e ."
+        )
+    return by_pip[0]
 
 
 def requirements(hardware: str) -> str:
@@ -274,7 +285,7 @@ def requirements(hardware: str) -> str:
     Those that diffusers-far names are pinned, not what these need in turn: a Space has demands of its own on
     some of them.
     """
-    distribution = importlib.metadata.distribution("diffusers-far")
+    distribution = installed_package()
     lines = [f"--extra-index-url {CPU_WHEELS}"] if hardware.startswith("cpu-") else []
     if is_from_index():
         lines.append(f"diffusers-far[app]=={distribution.version}")
@@ -291,7 +302,7 @@ def copy_package(target: Path) -> None:
     """The package as it is here, without models, and its license."""
     ignored = shutil.ignore_patterns("__pycache__", "shipped_files")
     shutil.copytree(PACKAGE, target, ignore=ignored)
-    for file in importlib.metadata.files("diffusers-far") or []:
+    for file in installed_package().files or []:
         if file.name == "LICENSE":
             shutil.copyfile(str(file.locate()), target / file.name)
 
