@@ -2,8 +2,9 @@
 
     python evaluation/experiments/one_frame.py checkpoints/far-doom-maze-64 DATA
 
-Continues held-out episodes for 12 frames from one observed frame: as it is, and as if it had stood still, with
-the frame ten times, and null actions or the one called noop. Then there are long-term frames. Prints a table.
+Continues held-out episodes for 12 frames from one observed frame: as it is, and as if it had stood still,
+with the frame ten times, and null actions or the one called noop.
+Then there are long-term frames. Prints a table.
 """
 
 import argparse
