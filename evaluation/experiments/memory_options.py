@@ -27,7 +27,6 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +39,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: this file is run as a script
 
 from diffusers_far import FARTransformer3DModel
-from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise, velocity_target
+from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise
+from diffusers_far.memory_loss import change_long_frames, window_loss
 from diffusers_far.training.clips import Clips, LatentVideos
 from diffusers_far.training.matmul_attn_processor import MatmulAttnProcessor
 from diffusers_far.training.options import FAROptions, ModelOptions
@@ -54,17 +54,22 @@ NULL_FRAMES = 4  # learned ones before the first frame
 LEAST_SIGMA = 0.05  # of `clean_prediction`, whose error grows without bound below
 LEVELS = (0.3, 0.5, 0.7, 0.9)  # noise of the next frame
 CONTEXTS = (255, 31, 7)  # observed frames before it
-NOISY_FRAMES, NOISY_SIGMA = 4, 0.8
+NOISY_FRAMES = 4
 TARGETS_PER_WALK = 4
 CALIBRATION_STEPS = 10  # whose cost says how many steps an option gets
 
 
-class LearnedNullFrames(nn.Module):
-    """A model that finds some learned frames, the same for all videos, before the first one."""
+class Wrapper(nn.Module):
+    """A model that is called in another way."""
 
     def __init__(self, model: FARTransformer3DModel) -> None:
         super().__init__()
         self.model = model
+        self.device, self.dtype = model.device, model.dtype
+
+
+class LearnedNullFrames(Wrapper):
+    """A model that finds some learned frames, the same for all videos, before the first one."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **conditions: Any) -> Any:
         frames = self.model.null_frames.expand(len(hidden_states), -1, -1, -1, -1)
@@ -77,12 +82,8 @@ class LearnedNullFrames(nn.Module):
         )
 
 
-class CleanPrediction(nn.Module):
+class CleanPrediction(Wrapper):
     """A model whose output is the clean frame, as the velocity that leads there."""
-
-    def __init__(self, model: FARTransformer3DModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **conditions: Any) -> Any:
         clean = self.model(hidden_states, timestep, **conditions).sample
@@ -99,7 +100,7 @@ class Option:
         what: in the table.
         changes: of the options of a run.
         model_changes: of the model's configuration.
-        wrapper: what turns the model into what is trained and measured.
+        wrapper: what turns the model into what is trained and measured; None: it is the model itself.
         context_noise: highest share of noise in clean frames, which the model is not told.
         is_new: begins with a new model.
     """
@@ -107,7 +108,7 @@ class Option:
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
     model_changes: dict[str, Any] = field(default_factory=dict)
-    wrapper: Callable[[FARTransformer3DModel], nn.Module] = nn.Module.train  # which returns the model itself
+    wrapper: type[Wrapper] | None = None
     context_noise: float = 0.0
     is_new: bool = False
 
@@ -133,7 +134,7 @@ class Trainer(FARTrainer):
     def __init__(self, option: Option, checkpoint: FARTransformer3DModel, options: FAROptions) -> None:
         self.option, self.checkpoint = option, checkpoint
         super().__init__(ModelOptions(num_actions=checkpoint.config.num_actions), options)
-        self.learner = option.wrapper(self.network)
+        self.learner = self.network if option.wrapper is None else option.wrapper(self.network)
         self.objective.model = self.learner
 
     def create_models(self, sizes: ModelOptions, videos: LatentVideos) -> Any:
@@ -218,39 +219,27 @@ class Targets:
         return torch.stack(latents), torch.stack(actions)
 
 
-@torch.no_grad()
-def losses(learner: nn.Module, latents: Tensor, actions: Tensor, noise: Tensor, sigma: float) -> list[float]:
-    """Velocity loss of each clip in its last frames, as many as `noise` `[B, F, C, H, W]` is for."""
-    num_noisy, clean = noise.shape[1], latents[:, -noise.shape[1] :]
-    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], sigma))
-    timestep = torch.full(latents.shape[:2], CLEAN_TIMESTEP, dtype=torch.float32)
-    timestep[:, -num_noisy:] = 1000 * sigma
-    hidden_states = torch.cat([latents[:, :-num_noisy], noisy], dim=1)
-    velocity = learner(hidden_states, timestep, class_labels=None, actions=actions).sample
-    error = velocity[:, -num_noisy:].float() - velocity_target(clean, noise)
-    return error.square().flatten(1).mean(dim=1).tolist()
-
-
 def measure(learner: nn.Module, targets: Targets, batch_size: int) -> dict[str, list[float]]:
     """Losses of all targets, in the order of `targets`."""
     found: dict[str, list[float]] = {}
-    window = CONTEXTS[-1]  # of the checkpoint, without the frame to predict
+    window = CONTEXTS[-1] + 1  # of the checkpoint
     for begin in range(0, len(targets.frames), batch_size):
         chosen = list(range(begin, min(begin + batch_size, len(targets.frames))))
         noise = targets.noise[chosen]
         values: dict[str, list[float]] = {}
         for num_observed in CONTEXTS:
             latents, actions = targets.clips(chosen, num_observed)
-            by_level = [losses(learner, latents, actions, noise[:, -1:], level) for level in LEVELS]
-            values[f"next_{num_observed}"] = np.mean(by_level, axis=0).tolist()
+            by_level = [window_loss(learner, latents, actions, noise[:, -1:], level) for level in LEVELS]
+            values[f"next_{num_observed}"] = torch.stack(by_level).mean(dim=0).tolist()
         latents, actions = targets.clips(chosen, CONTEXTS[0])
-        values["noisy_right"] = losses(learner, latents, actions, noise, NOISY_SIGMA)
         generator = torch.Generator().manual_seed(begin)
-        kept = window + 1
-        order = torch.randperm(latents.shape[1] - kept, generator=generator)
-        order = torch.cat([order, torch.arange(latents.shape[1] - kept, latents.shape[1])])
-        values["noisy_shuffled"] = losses(learner, latents[:, order], actions[:, order], noise, NOISY_SIGMA)
-        values["noisy_none"] = losses(learner, latents[:, -kept:], actions[:, -kept:], noise, NOISY_SIGMA)
+        shuffled = change_long_frames(latents, actions, latents.shape[1] - window, "shuffled", generator)
+        for name, clips in (
+            ("right", (latents, actions)),
+            ("shuffled", shuffled),
+            ("none", (latents[:, -window:], actions[:, -window:])),
+        ):
+            values[f"noisy_{name}"] = window_loss(learner, *clips, noise).tolist()
         for name, part in values.items():
             found.setdefault(name, []).extend(part)
     return found

@@ -54,28 +54,30 @@ def window_loss(
     latents: Tensor,
     actions: Tensor | None,
     noise: Tensor,
+    sigma: float = SIGMA,
     **arguments: Any,
 ) -> Tensor:
-    """Velocity loss `[B]` of the last window of videos, noisy at level 0.8, after the frames before it.
+    """Velocity loss `[B]` of the last frames of videos, equally noisy, after the frames before them.
 
     Args:
         latents, actions: `[B, F, C, h, w]` and `[B, F]` or None.
-        noise: `[B, W, C, h, w]` for the window.
+        noise: `[B, W, C, h, w]` for the last W frames, at most a window.
+        sigma: share of it in them.
         arguments: more of the model's forward.
     """
     window = noise.shape[1]
     clean = latents[:, -window:].float()
-    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], SIGMA, device=clean.device))
+    noisy = add_noise(clean, noise, torch.full(clean.shape[:2], sigma, device=clean.device))
     hidden_states = torch.cat([latents[:, :-window], noisy], dim=1)
     timestep = torch.full(hidden_states.shape[:2], CLEAN_TIMESTEP)
-    timestep[:, -window:] = 1000 * SIGMA
+    timestep[:, -window:] = 1000 * sigma
     velocity = model(
         hidden_states.to(model.device, model.dtype),
         timestep.to(model.device),
         actions=None if actions is None else actions.to(model.device),
         **arguments,
     ).sample
-    error = velocity.float() - velocity_target(clean, noise).to(model.device)
+    error = velocity[:, -window:].float() - velocity_target(clean, noise).to(model.device)
     return error.square().flatten(1).mean(dim=1)
 
 
