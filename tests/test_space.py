@@ -3,9 +3,7 @@
 import functools
 import importlib.metadata
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +24,7 @@ from diffusers_far import space
 from diffusers_far.cli import main
 from diffusers_far.export import ExportedRollout
 from diffusers_far.shipped import ANY_STEP_CHECKPOINT
+from tests.app_process import plain, running
 from tests.tiny_models import pipeline, transformer
 
 PAGE = """
@@ -121,29 +120,6 @@ def environment(shipped_game: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "bin" / "python"
 
 
-def plain(**more: str) -> dict[str, str]:
-    """The environment of a process that does not know the checkout."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
-
-
-@contextmanager
-def running(python: Path, folder: Path, **settings: str) -> Iterator[str]:
-    """The app of a Space, ended as the Hub ends it; its address."""
-    environ = plain(PYTHONUNBUFFERED="1", **settings)
-    command = [python, folder / "app.py"]
-    process = subprocess.Popen(command, cwd=folder.parent, env=environ, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = None
-        while address is None and (line := process.stdout.readline()):
-            address = re.search(r"http://[\d.]+:(\d+)", line)
-        assert address is not None
-        yield f"http://127.0.0.1:{address[1]}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-
-
 def test_the_front_matter_of_a_gradio_space(shipped_game: Path) -> None:
     card = SpaceCard.load(shipped_game / "README.md").data
     assert (card.title, card.sdk, card.license) == ("game", "gradio", "bsd-3-clause")
@@ -175,7 +151,7 @@ def test_a_gradio_space_is_played(shipped_game: Path, environment: Path, browser
     assert not list((shipped_game / "diffusers_far").rglob("*.safetensors"))
     # The Hub asks for pages that are rendered on a server, and says where an app listens.
     settings = {"GRADIO_SSR_MODE": "true", "SPACE_ID": "me/game", "GRADIO_SERVER_NAME": "0.0.0.0"}
-    with running(environment, shipped_game, **settings) as url:
+    with running([environment, shipped_game / "app.py"], shipped_game.parent, **settings) as url:
         page = browser.new_page()
         page.goto(url)
         status = page.locator("#play .far-status")
@@ -198,7 +174,9 @@ def test_a_zero_gpu_space_is_played(
     assert (card.suggested_hardware, card.python_version) == ("zero-a10g", "3.12")
     log = tmp_path / "loans"
     double = str(repository / "tests" / "browser" / "double")
-    with running(environment, folder, PYTHONPATH=double, SPACES_DOUBLE_LOG=str(log)) as url:
+    with running(
+        [environment, folder / "app.py"], folder.parent, PYTHONPATH=double, SPACES_DOUBLE_LOG=str(log)
+    ) as url:
         page = browser.new_page()
 
         def forward(route: Route) -> None:

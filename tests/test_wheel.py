@@ -1,9 +1,7 @@
 """The package as an index has it: built, installed into a fresh environment, used in an empty folder."""
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from diffusers_far import read_video
+from tests.app_process import plain, running
 
 MOST_MB = 30
 SOURCES = ("src", "checkpoints", "data", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
@@ -68,10 +67,6 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def plain() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-
 def test_the_wheel_has_the_faster_model_and_the_episodes(wheel: Path) -> None:
     assert wheel.stat().st_size < MOST_MB * 1e6
     names = zipfile.ZipFile(wheel).namelist()
@@ -98,23 +93,12 @@ def test_demo(environment: Path, tmp_path: Path) -> None:
 
 
 def test_play(environment: Path, tmp_path: Path, browser: Browser) -> None:
-    command = [environment / "diffusers-far", "play"]
-    environ = plain() | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = None
-        while address is None and (line := process.stdout.readline()):
-            address = re.search(r"http://[\d.]+:\d+", line)
-        assert address is not None
+    with running([environment / "diffusers-far", "play"], tmp_path) as url:
         page = browser.new_page()
-        page.goto(address[0])
+        page.goto(url)
         status = page.locator("#play .far-status")
         expect(status).to_contain_text("frame 31", timeout=60_000)  # a start has 32 frames
         page.keyboard.down("w")
         expect(status).to_contain_text(re.compile(r"frame (3[4-9]|[4-9]\d)"), timeout=60_000)
         page.close()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
     assert not list(tmp_path.iterdir())

@@ -234,7 +234,7 @@ def push_folder(
     repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = pipeline_files(folder)
+    files = visible_files(folder)
     if "README.md" in files and MARKER in files["README.md"].read_text(encoding="utf-8"):
         del files["README.md"]
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -247,8 +247,8 @@ def push_folder(
     return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)
 
 
-def pipeline_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a pipeline's folder by their names in it, hidden ones left out."""
+def visible_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a folder by their names in it, hidden ones left out."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(Path(folder).rglob("*"))

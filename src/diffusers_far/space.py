@@ -21,7 +21,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .hub import MARKER, TAGS, pipeline_files, told_in_our_words
+from .browser.static_page import ISOLATED, PAGE
+from .hub import MARKER, TAGS, told_in_our_words, visible_files
 from .loading import load_pipeline
 from .shipped import EPISODES, WORLDS, find, locate
 from .whole_files import written_whole
@@ -31,12 +32,8 @@ PACKAGE = Path(__file__).resolve().parent
 ZERO_GPU = SpaceHardware.ZERO_A10G.value  # keeps its name, whatever the card behind it
 ZERO_GPU_PYTHON = "3.12"  # it has few versions of Python
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # without CUDA, which is two gigabytes
-PAGE = "web/dist"  # of a checkout
-ISOLATED = {  # what browsers ask for before they let a page have threads that share memory
-    "cross-origin-embedder-policy": "require-corp",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "cross-origin",
-}
+HEADERS = {name.lower(): value for name, value in ISOLATED.items()}
+HEADERS["cross-origin-resource-policy"] = "cross-origin"
 
 
 def write_space(
@@ -118,11 +115,11 @@ def write_space(
             shutil.copytree(page_folder, partial, dirs_exist_ok=True)
             shutil.rmtree(partial / "model", ignore_errors=True)  # of another, from trying the page
             export_onnx(pipeline, partial / "model", dtype or "float16")
-            card |= {"app_file": "index.html", "custom_headers": ISOLATED}
+            card |= {"app_file": "index.html", "custom_headers": HEADERS}
         else:
             if episodes_folder is not None:
                 shutil.copytree(episodes_folder, partial / "episodes")
-            for file, path in pipeline_files(source).items() if is_inside else ():
+            for file, path in visible_files(source).items() if is_inside else ():
                 (partial / "model" / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, partial / "model" / file)
             if not is_from_index():
@@ -165,11 +162,7 @@ def push_space(
         ValueError: when the Hub refuses, or has a Space of that name that people have written.
     """
     api = HfApi(token=token)
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
+    files = visible_files(folder)
     with told_in_our_words(repo_id):
         options: dict[str, Any] = {} if hardware is None else {"space_hardware": hardware}
         url = api.create_repo(

@@ -59,9 +59,10 @@ export class Graphs {
     const total = names.reduce((sum, name) => sum + files[name].bytes, file.bytes);
     let loaded = 0;
     const tell = (bytes: number) => this.tell((loaded += bytes), total);
-    const [binary] = await Promise.all([
+    const [binary, ...data] = await Promise.all([
       loadFile(new URL(wasm, self.location.href).href, file, tell), ...names.map((name) => this.file(name, tell)),
     ]);
+    const read = Object.fromEntries(names.map((name, i) => [name, data[i]])); // once: not every page has a cache
     this.ort = this.backend === "webgpu" ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm");
     const { env } = this.ort;
     env.logLevel = "error";
@@ -69,7 +70,7 @@ export class Graphs {
     env.wasm.wasmPaths = { mjs: new URL(module, self.location.href).href };
     env.wasm.wasmBinary = await unzipped(binary);
     try {
-      for (const name of ["step", "commit", "decode"]) await (this.sessions[name] = this.session(name));
+      for (const name of ["step", "commit", "decode"]) await (this.sessions[name] = this.session(name, read));
       if (this.backend === "webgpu") this.watch(await this.ort.env.webgpu.device);
     } catch (error) {
       if (this.backend === "wasm") throw new Error(`The model cannot be run: ${(error as Error).message}`);
@@ -77,11 +78,11 @@ export class Graphs {
     }
   }
 
-  private async session(name: string): Promise<Ort.InferenceSession> {
+  private async session(name: string, read: Record<string, Uint8Array> = {}): Promise<Ort.InferenceSession> {
     const { file, weights } = this.config.graphs[name];
-    const externalData = weights ? [{ path: weights, data: await this.file(weights) }] : [];
+    const externalData = weights ? [{ path: weights, data: read[weights] ?? (await this.file(weights)) }] : [];
     const options = { executionProviders: [this.backend], externalData, logSeverityLevel: 3 as const };
-    return this.ort.InferenceSession.create(await this.file(file), options);
+    return this.ort.InferenceSession.create(read[file] ?? (await this.file(file)), options);
   }
 
   private watch(device: { lost: Promise<{ message: string }> }): void {

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from gradio.context import LocalContext
 from starlette.datastructures import Headers
 
@@ -110,16 +109,12 @@ class Lender:
                         answer = error
                     yield answer
                     patience = max(0.0, min(seconds_to_rest, end - time.monotonic()))
-                tensors = {  # safetensors takes no views
-                    name: value.cpu().clone(memory_format=torch.contiguous_format)
-                    for name, value in game.rollout.state_dict().items()
-                }
                 yield replace(
                     state,
                     start=None,
                     actions=None,
                     settings=game.settings,
-                    rollout=safetensors.torch.save(tensors),
+                    rollout=safetensors.torch.save(game.rollout.state_dict()),
                 )
 
         self.pipeline = pipeline

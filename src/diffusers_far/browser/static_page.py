@@ -9,7 +9,11 @@ from typing import Any
 
 from ..shipped import find
 
-PAGE = "web/dist"
+PAGE = "web/dist"  # of a checkout
+ISOLATED = {  # what browsers ask for before they let a page have threads that share memory
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 FIRST_PORT, NUM_PORTS = 7860, 100
 
 
@@ -29,8 +33,8 @@ class PageHandler(SimpleHTTPRequestHandler):
         return super().translate_path(path.removeprefix("/model") if is_model else path)
 
     def end_headers(self) -> None:
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        for name, value in ISOLATED.items():
+            self.send_header(name, value)
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
