@@ -47,7 +47,7 @@ from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.video_files import read_video
 from diffusers_far.whole_files import written_whole
 from evaluation.machine import describe
-from evaluation.world_model import by_frames_ahead, decode, encode, perceptual_distance, predict
+from evaluation.world_model import by_frames_ahead, decode, encode, predict
 
 PARTS = ("curve", "scripted", "rollout", "loss")
 SCHEDULES = {  # what a pipeline call gets as context_schedule
@@ -119,7 +119,7 @@ class Measure:
     def __call__(self, latents: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """PSNR in dB and LPIPS, `[N, F]` each, of latents `[N, F, C, h, w]` beside frames in [0, 1]."""
         frames = decode(self.pipeline, latents, TARGETS * self.batch_size)
-        return psnr(frames, truth), perceptual_distance(self.lpips, frames, truth, TARGETS * self.batch_size)
+        return psnr(frames, truth), self.lpips.by_frame(frames, truth, TARGETS * self.batch_size)
 
 
 def figures(quality: Tensor, distance: Tensor, revisits: Tensor | None = None) -> dict[str, Any]:
