@@ -21,7 +21,8 @@ def test_videos_are_spread_and_short_ones_left_out() -> None:
     clips, num_short = choose_clips(videos, options(num_videos=3))
     assert num_short == 5 and [clip.video for clip in clips] == ["v01", "v07", "v14"]
     assert [clip.video for clip in choose_clips(videos, options(every=5))[0]] == ["v01", "v07", "v14"]
-    assert len(choose_clips(videos, options())[0]) == 15
+    for every_one in (options(), options(protocol="mcvd", num_videos=0)):
+        assert len(choose_clips(videos, every_one)[0]) == 15
 
 
 def test_clips_of_a_video_reach_from_its_beginning_to_its_end() -> None:

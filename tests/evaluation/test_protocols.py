@@ -32,7 +32,7 @@ def test_numbers_come_from_the_protocol_unless_they_are_given() -> None:
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different integers"),
         ({"seeds": [-1]}, "of at least 0"),
         ({"seeds": [1, 2], "num_samples": 3}, "num_samples=3, but seeds has 2"),
-        ({"num_videos": 0}, "num_videos=0 must be an integer of at least 1"),
+        ({"num_videos": -1}, "num_videos=-1 must be an integer of at least 0"),
         ({"resolution": "x"}, "resolution='x' must be"),
     ],
 )

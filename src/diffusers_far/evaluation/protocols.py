@@ -63,7 +63,9 @@ class EvaluateOptions(FrameOptions):
     split: str | None = option(None, "part of the data; train is all of it where there is no validation")
     num_context: CountOrZero | None = option(None, "real frames that are given")
     num_frames: Count | None = option(None, "of a video, the given ones included")
-    num_videos: Count | None = option(None, "real videos, spread over all that are long enough")
+    num_videos: CountOrZero | None = option(
+        None, "real videos, spread over all that are long enough; 0 for all of these"
+    )
     every: Count = option(1, "take every so many of the videos, before num_videos: 10 for UCF-101 of mcvd")
     clips_per_video: Count = option(1, "clips of a video, evenly spread; of one, it is the beginning")
     num_samples: Count | None = option(None, "predictions of each clip, of which the best counts, too")
