@@ -90,6 +90,22 @@ def test_identity_is_that_of_weights_and_arguments(data: Path) -> None:
     assert len(hashes) == 3
 
 
+def test_parts_of_other_libraries_have_an_identity(data: Path) -> None:
+    class Composed(Guess):
+        def __init__(self, width: int, weight: float) -> None:
+            super().__init__()
+            encoder = torch.nn.Linear(2, 2)
+            encoder.weight.data.fill_(weight)
+            encoder.bias.data.zero_()
+            encoder.config = SimpleNamespace(to_dict=lambda: {"width": width})
+            self.components = {"encoder": encoder, "tokenizer": object()}
+
+    settled = options()
+    videos = open_clips(data, settled)
+    hashes = [Predictor(Composed(*of), videos, settled).identity() for of in ((1, 0), (1, 0), (2, 0), (1, 1))]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
 class Brief:
     def __call__(self, video: Any, num_frames: int) -> None: ...
 

@@ -162,6 +162,7 @@ class RecordedVideos:
         found = episode.actions
         actions = None if found is None else stack_actions(found)
         unfinished: dict[Clip, list[tuple[int, np.ndarray]]] = {clip: [] for clip in clips}
+        index = -1
         for index, (number, frame) in enumerate(episode.frames(options)):
             for clip, taken in list(unfinished.items()):
                 if index >= clip.start:

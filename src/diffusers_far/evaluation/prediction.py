@@ -126,15 +126,14 @@ class Predictor:
         """A hash of weights, configurations and arguments of calls."""
         digest = hashlib.sha256(repr((self.name, sorted(self.arguments.items()))).encode())
         for name, part in sorted(getattr(self.pipeline, "components", {}).items()):
-            settings = dict(getattr(part, "config", {}) or {})
-            settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+            settings = {key: value for key, value in config_of(part).items() if not key.startswith("_")}
             digest.update(repr((name, type(part).__name__, sorted(settings.items(), key=repr))).encode())
             if isinstance(part, nn.Module):
                 for key, tensor in sorted(part.state_dict().items()):
                     digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                     digest.update(values.numpy().tobytes())
-        own = dict(getattr(self.pipeline, "config", {}) or {})
+        own = config_of(self.pipeline)
         defaults = ("num_inference_steps", "flex_rope_slope", "num_training_frames")
         digest.update(repr([own.get(name) for name in defaults]).encode())
         return digest.hexdigest()
@@ -202,6 +201,14 @@ class Predictor:
         if not predicted.isfinite().all():
             raise ValueError(f"pipeline: {self.name} predicted NaN or infinite pixels")
         return predicted.clamp(0, 1)
+
+
+def config_of(part: Any) -> dict[str, Any]:
+    """The configuration of a pipeline or a part of it; empty where there is none that can be listed."""
+    config: Any = getattr(part, "config", None)
+    if hasattr(config, "to_dict"):  # of transformers
+        config = config.to_dict()
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def generator(clip: Clip, seed: int) -> torch.Generator:

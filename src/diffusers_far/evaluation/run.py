@@ -45,7 +45,7 @@ from ..whole_files import written_whole
 from .clips import Clip, RealClip, RealVideos, open_clips
 from .machine import describe
 from .measures import Measures, check_measures
-from .prediction import Predictor
+from .prediction import Predictor, config_of
 from .protocols import EvaluateOptions
 from .report import page
 from .results import markdown, summarize
@@ -161,10 +161,7 @@ def describe_run(
     predictor: Predictor, videos: RealVideos, options: EvaluateOptions, command: str | None
 ) -> dict[str, Any]:
     """What led to the figures."""
-    config = getattr(predictor.pipeline, "config", {})
-    steps = options.num_inference_steps
-    if steps is None:
-        steps = predictor.arguments.get("num_inference_steps", dict(config).get("num_inference_steps"))
+    default_steps = config_of(predictor.pipeline).get("num_inference_steps")
     return {
         "protocol": options.protocol,
         "split": options.split,
@@ -179,7 +176,7 @@ def describe_run(
         "seeds": options.sample_seeds,
         "conditions": predictor.conditions,
         "guidance_scale": predictor.guidance_scale,
-        "num_inference_steps": steps,
+        "num_inference_steps": predictor.arguments.get("num_inference_steps", default_steps),
         "call_arguments": {name: repr(value) for name, value in predictor.arguments.items()},
         "command": command,
         "date": datetime.date.today().isoformat(),
