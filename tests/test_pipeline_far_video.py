@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
@@ -404,6 +405,16 @@ def test_a_rollout_is_a_call(pipe: FARVideoPipeline) -> None:
         for index, action in enumerate((1, 0, 1))
     ]
     assert torch.equal(torch.cat(made, dim=1), called[:, 2:])
+
+
+def test_a_rollout_of_given_frames_is_saved(pipe: FARVideoPipeline, tmp_path: Path) -> None:
+    """Latents lie in memory as the autoencoder left them; safetensors takes contiguous tensors only."""
+    rollout = pipe.rollout(video=np.zeros((2, 32, 32, 3), np.uint8), context_actions=[0, 1])
+    rollout.step(1)
+    save_file(rollout.state_dict(), tmp_path / "game")
+    other = pipe.rollout(video=np.ones((1, 32, 32, 3), np.uint8))
+    other.load_state_dict(load_file(tmp_path / "game"))
+    assert other.num_frames == 3 and torch.equal(other.context_latents, rollout.context_latents)
 
 
 def test_two_rollouts_of_a_pipeline_take_turns(pipe: FARVideoPipeline) -> None:

@@ -319,7 +319,8 @@ class Rollout:
             state |= {f"cache.{name}": value for name, value in self.cache.state_dict().items()}
         for index, generator in enumerate(self._generators()):
             state[f"generator.{index}"] = generator.get_state()
-        return state
+        # Safetensors takes no others; given frames may lie in memory as their encoder left them.
+        return {name: value.contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from where the rollout was that `state` is of.
