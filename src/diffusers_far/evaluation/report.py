@@ -70,9 +70,7 @@ def page(results: dict[str, Any], videos: Sequence[tuple[str, Path]]) -> str:
         parts.append(f"<p>{html.escape(line)}</p>")
     parts.append(draw_curves(results))
     if videos:
-        parts.append(
-            "<h2>Videos</h2><p>Left: real. Right: given frames (green border), then the first sample"
-        )
+        parts.append("<h2>Videos</h2><p>Left: real. Right: given frames (green border), then the first")
         parts.append("sample (red border). They are spread over the data, not chosen.</p><div class=videos>")
         for caption, file in videos:
             data = base64.b64encode(file.read_bytes()).decode()

@@ -282,10 +282,11 @@ def measure_clips(
     num_samples = len(options.sample_seeds)
     real_clips = videos.read(left, options.frame_options())
     in_place = sys.stderr.isatty()
+    measured = 1 + num_samples  # videos of a clip: the real one, too
     with tqdm(
-        total=len(own) * num_samples,
-        initial=(len(own) - len(left)) * num_samples,
-        unit="sample",
+        total=len(own) * measured,
+        initial=(len(own) - len(left)) * measured,
+        unit="video",
         disable=not state.is_main_process,
         desc="evaluate" if state.num_processes == 1 else f"first of {state.num_processes} processes",
         mininterval=0.2 if in_place else SECONDS_BETWEEN_LINES,
@@ -328,6 +329,7 @@ def measure_group(
             show(truth, pictures[place], options, video_file(output, real.clip))
         with written_whole(file) as unfinished:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        bar.update()
 
 
 def measure_sample(
