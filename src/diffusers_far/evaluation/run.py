@@ -1,7 +1,7 @@
 """Measure a model by a published protocol.
 
     diffusers-far evaluate CHECKPOINT DATA --protocol next --output-dir OUTPUT
-    accelerate launch -m diffusers_far.cli evaluate CHECKPOINT DATA ...     # several processes
+    torchrun --nproc-per-node 2 -m diffusers_far.cli evaluate CHECKPOINT DATA ...     # two processes
 
 CHECKPOINT is a folder, a shipped model or a repo of the Hub; DATA is a folder of videos, a repo of the Hub,
 or anything else in docs/data.md, or latents that encode_latents wrote. The protocol says how many frames are
@@ -378,14 +378,15 @@ def show(truth: Tensor, predicted: Tensor, options: EvaluateOptions, file: Path)
 
 def main(command_line: Sequence[str]) -> None:
     """The command, without its name."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     program = "diffusers-far evaluate"
     checkpoint, data, options, load = parse(
         command_line, (EvaluateOptions, LoadOptions), __doc__, ("checkpoint", "data"), program
     )
-    videos = prepare(data, options)
     state = processes()
+    level = logging.WARNING if state.is_main_process else logging.ERROR  # all find the same
+    logging.basicConfig(level=level, format="%(message)s")
+    videos = prepare(data, options)
     device = load.device
     if device is not None:
         check_device(device)
