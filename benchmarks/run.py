@@ -24,8 +24,8 @@ from machine import bandwidth_gb, matmul_gflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
+from diffusers_far.evaluation.machine import describe
 from diffusers_far.whole_files import written_whole
-from evaluation.machine import describe
 
 HERE = Path(__file__).resolve().parent
 FRAMES = [

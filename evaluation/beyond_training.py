@@ -40,10 +40,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
+from diffusers_far.evaluation.machine import describe
+from diffusers_far.evaluation.tables import table
 from diffusers_far.memory_loss import window_loss
 from diffusers_far.whole_files import written_whole
-from evaluation.context_curve import TARGETS, Measure, load_episodes, table
-from evaluation.machine import describe
+from evaluation.context_curve import TARGETS, Measure, load_episodes
 from evaluation.world_model import predict
 
 NUM_SINKS = 4

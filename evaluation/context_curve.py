@@ -41,13 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from data.doom_maze_files import revisited_frames
 from diffusers_far import ContextSchedule, FARTransformer3DModel, FARVideoPipeline
+from diffusers_far.evaluation.machine import describe
+from diffusers_far.evaluation.tables import table
 from diffusers_far.lpips import LPIPS
 from diffusers_far.memory_loss import change_long_frames, memory_loss
 from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.video_files import read_video
 from diffusers_far.whole_files import written_whole
-from evaluation.machine import describe
-from evaluation.world_model import by_frames_ahead, decode, encode, perceptual_distance, predict
+from evaluation.world_model import by_frames_ahead, decode, encode, predict
 
 PARTS = ("curve", "scripted", "rollout", "loss")
 SCHEDULES = {  # what a pipeline call gets as context_schedule
@@ -119,7 +120,7 @@ class Measure:
     def __call__(self, latents: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """PSNR in dB and LPIPS, `[N, F]` each, of latents `[N, F, C, h, w]` beside frames in [0, 1]."""
         frames = decode(self.pipeline, latents, TARGETS * self.batch_size)
-        return psnr(frames, truth), perceptual_distance(self.lpips, frames, truth, TARGETS * self.batch_size)
+        return psnr(frames, truth), self.lpips.by_frame(frames, truth, TARGETS * self.batch_size)
 
 
 def figures(quality: Tensor, distance: Tensor, revisits: Tensor | None = None) -> dict[str, Any]:
@@ -344,21 +345,6 @@ def measure_loss(
         losses = memory_loss(pipeline.transformer, latents, actions, num_frames, generator)
         rows.append({"frames": num_frames, "clips": len(clips), **losses})
     return {"rows": rows}
-
-
-def cell(value: object) -> str:
-    """One value of a table."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def table(header: list[str], rows: list[list[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, *[[cell(value) for value in row] for row in rows]]
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    text.insert(1, "|---" * len(header) + "|")
-    return "\n".join(text)
 
 
 def tables(results: dict[str, Any]) -> str:

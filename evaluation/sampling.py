@@ -30,7 +30,7 @@ from diffusers_far import ContextSchedule, FARVideoPipeline
 from diffusers_far.lpips import LPIPS
 from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.whole_files import written_whole
-from evaluation.world_model import decode, encode, load_clips, perceptual_distance, predict
+from evaluation.world_model import decode, encode, load_clips, predict
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SOLVERS: dict[str, Callable[[float], SchedulerMixin]] = {
@@ -102,7 +102,7 @@ def main() -> None:
         }
         row |= {f"psnr_{ahead}": scores[ahead - 1].item() for ahead in (1, 4, 16)}
         row |= {"psnr": scores.mean().item()}
-        row |= {"lpips": perceptual_distance(lpips, frames, truth, 16 * size).mean().item()}
+        row |= {"lpips": lpips.by_frame(frames, truth, 16 * size).mean().item()}
         row |= {"sharpness": sharpness(frames) / sharpness(truth)}
         row |= {"ms": 1e3 * seconds / latents.shape[:2].numel()}
         rows.append(row)

@@ -23,7 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far import FARVideoPipeline
-from evaluation.context_curve import BLOCK, mean_appearance, table
+from diffusers_far.evaluation.tables import table
+from evaluation.context_curve import BLOCK, mean_appearance
 from evaluation.rollout_picture import contact_sheet, read_frames
 
 FORWARD, LEFT, RIGHT = 1, 2, 3

@@ -123,14 +123,6 @@ def motion_agreement(truth: Tensor, prediction: Tensor, actions: Tensor) -> dict
     }
 
 
-@torch.no_grad()
-def perceptual_distance(lpips: LPIPS, frames: Tensor, truth: Tensor, batch_size: int) -> Tensor:
-    """LPIPS `[N, F]` of frames `[N, F, 3, H, W]` in [0, 1]."""
-    pairs = zip(*(video.flatten(0, 1).split(batch_size) for video in (frames, truth)), strict=True)
-    distances = [lpips(2 * one - 1, 2 * other - 1) for one, other in pairs]
-    return torch.cat(distances).unflatten(0, frames.shape[:2])
-
-
 def by_frames_ahead(values: Tensor) -> dict[str, float]:
     """Mean over clips of `[N, F]` values at some frames ahead and over all F."""
     row = {str(ahead): values[:, ahead - 1].mean().item() for ahead in AHEAD if ahead <= values.shape[1]}
@@ -196,9 +188,7 @@ def main() -> None:
             for name, frames in (("motion", samples[0]), ("motion_reconstruction", decoded))
         },
         **{
-            f"lpips_{name}": by_frames_ahead(
-                perceptual_distance(lpips, frames, truth, 16 * arguments.batch_size)
-            )
+            f"lpips_{name}": by_frames_ahead(lpips.by_frame(frames, truth, 16 * arguments.batch_size))
             for name, frames in (("reconstruction", decoded), ("one_sample", samples[0]))
         },
         "sharpness_reconstruction": sharpness(decoded) / sharpness(truth),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from diffusers_far.metrics import horizontal_shift, psnr, sharpness, zoom
+from diffusers_far.metrics import horizontal_shift, psnr, sharpness, ssim, zoom
 
 
 @pytest.fixture
@@ -25,6 +25,18 @@ def test_psnr_is_that_of_each_frame():
     assert values[0, 1].item() == pytest.approx(20.0, abs=1e-3)
     assert values[1, 2].item() == 100.0  # equal frames
     assert math.isfinite(values.mean().item())
+
+
+def test_ssim_is_that_of_each_frame(picture):
+    video = picture.unflatten(0, (2, 2))
+    changed = video.clone()
+    changed[1, 0] = 1 - changed[1, 0]
+    values = ssim(changed, video)
+    torch.testing.assert_close(values[[0, 0, 1], [0, 1, 1]], torch.ones(3))
+    assert values[1, 0] < 0
+    flat = torch.full((1, 1, 3, 16, 16), 0.5)  # of pictures without texture only the brightness counts
+    expected = (2 * 0.5 * 0.7 + 1e-4) / (0.5**2 + 0.7**2 + 1e-4)
+    assert ssim(flat, flat + 0.2).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_sharpness_falls_when_pictures_are_blurred(picture):

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: this file is run as a script
 
 from diffusers_far import FARTransformer3DModel
+from diffusers_far.evaluation.machine import describe
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise
 from diffusers_far.memory_loss import change_long_frames, window_loss
 from diffusers_far.training.clips import Clips, LatentVideos
@@ -47,7 +48,6 @@ from diffusers_far.training.options import FAROptions, ModelOptions
 from diffusers_far.training.pretrained import Change, change_model, mean_of_tokens
 from diffusers_far.training.train_far import FARTrainer
 from diffusers_far.whole_files import written_whole
-from evaluation.machine import describe
 
 CONTEXT_NOISE = 0.15  # highest share of noise in the clean frames of `context_noise`
 NULL_FRAMES = 4  # learned ones before the first frame

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: th
 from diffusers_far import FARVideoPipeline, read_video
 from diffusers_far.lpips import LPIPS
 from diffusers_far.metrics import psnr
-from evaluation.world_model import perceptual_distance
 
 OBSERVED, TARGETS, REPEATS = (
     100,
@@ -61,7 +60,7 @@ def main() -> None:
             output_type="pt",
         ).frames[:, repeats + 1 :]
         quality = psnr(predicted, videos[:, 1:])
-        distance = perceptual_distance(lpips, predicted, videos[:, 1:], 64)
+        distance = lpips.by_frame(predicted, videos[:, 1:], 64)
         cells = [f"{quality[:, 0].mean():.2f}", f"{quality.mean():.2f}", f"{distance.mean():.4f}"]
         print(f"| {name} | {' | '.join(cells)} |")
 

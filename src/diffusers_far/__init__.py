@@ -16,6 +16,7 @@ _MODULES = {
     "FARVideoPipeline": "diffusers_far.pipeline_far_video",
     "FARVideoPipelineOutput": "diffusers_far.pipeline_far_video",
     "Rollout": "diffusers_far.rollout",
+    "evaluate": "diffusers_far.evaluation.run",
     "preset": "diffusers_far.presets",
     "read_video": "diffusers_far.video_files",
     # diffusers looks this base class up in the package that a pipeline's model_index.json names.

@@ -478,6 +478,23 @@ def train(words: tuple[str, ...]) -> None:
     sys.exit(code)
 
 
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="CHECKPOINT DATA [OPTIONS]")
+def evaluate(words: tuple[str, ...]) -> None:
+    """Measure CHECKPOINT on DATA by a published protocol: PSNR, SSIM, LPIPS, FVD.
+
+    \b
+    diffusers-far evaluate checkpoints/far-doom-maze-64 my-videos --protocol next --output-dir figures
+    """
+    try:
+        from .evaluation.run import main as evaluate_model
+    except ModuleNotFoundError as error:
+        if error.name not in ("torchmetrics", "yaml"):
+            raise
+        raise ValueError(f'evaluation needs {error.name}: pip install "diffusers-far[eval]"') from error
+    evaluate_model(words)
+
+
 @main.command()
 @click.option("--checkpoint", default=ANY_STEP_CHECKPOINT, show_default=True)
 @click.option("--episodes", default=EPISODES, show_default=True, help="Videofolder to start from.")

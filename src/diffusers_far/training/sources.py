@@ -116,7 +116,7 @@ class Source:
         """What some of the episodes say of themselves."""
         episodes = self.split(split)
         stated = [episode.video.stated() for episode in episodes.some(NUM_EXAMINED)]
-        lengths = [_num_kept(one, options) for one in stated if one.num_frames is not None]
+        lengths = [num_kept(one, options) for one in stated if one.num_frames is not None]
         num_frames = round(sum(lengths) / len(lengths) * len(episodes)) if lengths else None
         return Examined(stated, lengths, num_frames, len(stated) == len(lengths) == len(episodes))
 
@@ -182,7 +182,8 @@ class Examined:
         return f"{'' if self.is_exact else 'about '}{self.num_frames:,} frames"
 
 
-def _num_kept(stated: Stated, options: FrameOptions) -> int:
+def num_kept(stated: Stated, options: FrameOptions) -> int:
+    """Frames that are used of a video whose number of frames is known."""
     assert stated.num_frames is not None
     number: float = stated.num_frames
     if options.fps is not None and stated.frame_rate:
