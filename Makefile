@@ -4,12 +4,13 @@ PYTHON ?= python
 # Two pytest workers share the cores: more threads in each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check check-portable check-versions site test format demo
+.PHONY: check check-portable check-versions site test web format demo
 
 check:  ## what the continuous checks run
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	@if command -v npm >/dev/null || [ "$$CI" = true ]; then $(MAKE) web; else echo "no npm: web/ is not checked"; fi
 	$(PYTHON) -m pytest -n 2
 	$(MAKE) site
 	$(MAKE) check-portable
@@ -26,6 +27,9 @@ check-versions:  ## fast tests with every claimed Python, and the oldest and new
 
 test:
 	$(PYTHON) -m pytest -n 2
+
+web:  ## the page of web/, built into web/dist
+	cd web && npm ci --no-audit --no-fund && npm run check && npm run build
 
 format:
 	$(PYTHON) -m ruff check --fix .

@@ -73,7 +73,7 @@ def main(checkpoint: str, episodes: str, given: int, frames: int, num_threads: i
     for dtype in dtypes.split():
         with tempfile.TemporaryDirectory() as parent:
             folder = export_onnx(pipe, Path(parent) / "onnx", dtype)
-            sizes = {path.name: round(path.stat().st_size / 1e6, 2) for path in folder.glob("*.onnx")}
+            sizes = {path.name: round(path.stat().st_size / 1e6, 2) for path in folder.iterdir()}
             result = compare(pipe, folder, video, first["actions"], given, frames)
         click.echo(json.dumps({"dtype": dtype, "megabytes": sizes} | result))
 

@@ -3,10 +3,8 @@
 Importing this package is cheap: each name below is imported when it is first used.
 """
 
-import importlib
-from typing import Any
-
 from . import registration as registration
+from .lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
@@ -26,14 +24,4 @@ _MODULES = {
 
 __all__ = [name for name, module in _MODULES.items() if module != "diffusers"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

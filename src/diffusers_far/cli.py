@@ -1,12 +1,15 @@
 """The command `diffusers-far`: what the Python API does, under the same names."""
 
+import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .loading import check_device, load_pipeline
@@ -21,6 +24,7 @@ NUM_NEW_FRAMES = 32
 MAX_GIVEN_FRAMES = 600
 FRAME_RATE = 10  # of videos made from nothing, and where a file does not say
 DTYPES = ("float32", "bfloat16", "float16")
+EXPORT_DTYPES = ("float32", "float16", "int8")
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 KEPT = "Of the context: a number, all, or as many as the model was trained with."
@@ -481,13 +485,34 @@ def train(words: tuple[str, ...]) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all addresses.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860 on.")
 @click.option("--max-players", type=click.IntRange(1), default=8, show_default=True)
-def play(**options: Any) -> None:
+@click.option("--static", is_flag=True, help="The page without a server: the browser runs the model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(EXPORT_DTYPES),
+    default="float16",
+    show_default=True,
+    help="Of the export that --static serves.",
+)
+def play(static: bool, dtype: str, **options: Any) -> None:
     """Serve the browser demo: play a world model, continue a video, compare kinds of context.
+
+    With --static, the visitor's browser runs the model, exported into the cache at first need; the checkpoint
+    may be a folder that `diffusers-far export` wrote.
 
     \b
     diffusers-far play
     diffusers-far play --checkpoint far-b-long-minecraft --device cuda --host 0.0.0.0
+    diffusers-far play --static
     """
+    given = click.get_current_context().get_parameter_source
+    ignored = ("device", "max_players") if static else ("dtype",)
+    for name in ignored:
+        if given(name) is ParameterSource.COMMANDLINE:
+            text = f"--{name.replace('_', '-')} goes {'without' if static else 'with'} --static"
+            raise click.UsageError(text)
+    if static:
+        serve_static(options["checkpoint"], options["episodes"], dtype, options["host"], options["port"])
+        return
     try:
         from .browser.app import launch
     except ModuleNotFoundError as error:
@@ -497,6 +522,32 @@ def play(**options: Any) -> None:
     if options["device"] is not None:
         check_device(options["device"])
     launch(**options)
+
+
+def serve_static(checkpoint: str, episodes: str, dtype: str, host: str, port: int | None) -> None:
+    """Serve the page of web/ with a model until Ctrl-C."""
+    from .browser.static_page import find_page, make_server
+
+    page = find_page()
+    model = Path(checkpoint)
+    if not (model / "rollout.json").is_file():
+        need_export()
+        from .browser.starts import starts_for_export
+        from .export.kept_export import kept_export
+
+        pipeline = load_pipeline(checkpoint, "cpu", "float32")
+        folder = find(episodes, "episodes")
+        starts = starts_for_export(folder, pipeline.default_size, pipeline.transformer.action_space)
+        click.echo("Exporting the model, unless the cache has it; about a minute the first time", err=True)
+        model = kept_export(pipeline, dtype, starts)
+    server = make_server(page, model, host, port)
+    click.echo(f"Play at http://{host}:{server.server_port}/ until Ctrl-C; model: {model}")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
 
 
 @main.command()
@@ -509,9 +560,8 @@ def play(**options: Any) -> None:
     show_default=True,
     help="Of files.",
 )
-@click.option(
-    "--dtype", type=click.Choice(("float32", "float16", "int8")), default="float32", show_default=True
-)
+@click.option("--dtype", type=click.Choice(EXPORT_DTYPES), default="float32", show_default=True)
+@click.option("--episodes", help="Videofolder to cut starts of games from; default: no starts.")
 @click.option("--height", type=int, help="Of the frames, in pixels; default: the checkpoint's.")
 @click.option("--width", type=int, help="As --height.")
 @click.option(
@@ -529,6 +579,7 @@ def export(
     format: str,
     dtype: str,
     variant: str | None,
+    episodes: str | None,
     max_short_frames: Any,
     max_long_frames: Any,
     num_inference_steps: tuple[int, ...],
@@ -539,20 +590,32 @@ def export(
     \b
     diffusers-far export checkpoints/far-doom-maze-64-any-step my-game --dtype int8
     """
-    import importlib.util
-
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f'export needs {name}: pip install "diffusers-far[onnx]"')
+    need_export()
+    from .browser.starts import starts_for_export
     from .context_schedule import ContextSchedule
     from .export import export_onnx
 
     pipeline = load_pipeline(checkpoint, "cpu", "float32", variant)
     schedule = ContextSchedule(max_short_frames, max_long_frames)
     steps = num_inference_steps or None
-    export_onnx(pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, **size)
+    default_height, default_width = pipeline.default_size
+    frame_size = size["height"] or default_height, size["width"] or default_width
+    starts = []
+    if episodes is not None:
+        space = pipeline.transformer.action_space
+        starts = starts_for_export(find(episodes, "episodes"), frame_size, space)
+    export_onnx(
+        pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, starts=starts, **size
+    )
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")
+
+
+def need_export() -> None:
+    """Raise a ValueError where a package is missing that the export needs."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'the export needs {name}: pip install "diffusers-far[onnx]"')
 
 
 @main.command()
@@ -572,27 +635,85 @@ def info(checkpoint: str, variant: str | None) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("checkpoint")
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="If the repository is new.")
-@click.option("--revision", help="Branch; created where it does not exist.")
 @click.option("--token", help="Default: that of `hf auth login`.")
+@VARIANT
+@click.option("--revision", help="Of a model: branch; created where it does not exist.")
 @click.option(
     "--sample-video",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="To add as sample.mp4.",
+    help="Of a model: to add as sample.mp4.",
 )
-@VARIANT
-def push(checkpoint: Path, repo_id: str, variant: str | None, **options: Any) -> None:
+@click.option(
+    "--space",
+    type=click.Choice(("gradio", "static")),
+    help="Upload a Space with the model: the app of `play`, or a page without a server.",
+)
+@click.option(
+    "--dry-run", type=click.Path(path_type=Path), metavar="FOLDER", help="Only write the Space here."
+)
+@click.option("--title", help="Of the Space; default: the last part of REPO_ID.")
+@click.option("--license", help="Of the Space; default: the license of the model's card.")
+@click.option("--hardware", help="Of a gradio Space: cpu-basic (default), zero-a10g (ZeroGPU), t4-small, ...")
+@click.option(
+    "--episodes",
+    help="Of a gradio Space: videofolder to start from. Default: the shipped one for shipped models.",
+)
+@click.option("--dtype", type=click.Choice(EXPORT_DTYPES), help="Of a static Space; default: float16.")
+@click.option("--page", help="Of a static Space: the folder that `make web` made; default: web/dist.")
+def push(
+    checkpoint: str,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    variant: str | None,
+    revision: str | None,
+    sample_video: Path | None,
+    space: str | None,
+    dry_run: Path | None,
+    **space_options: str | None,
+) -> None:
     """Upload the pipeline folder CHECKPOINT to REPO_ID on the Hub, with a model card if it has none.
+
+    With --space, upload a Space in which people play CHECKPOINT: a folder, which goes into the Space, or a
+    repo id, which a gradio Space loads. docs/spaces.md tells more.
 
     \b
     diffusers-far push runs/my-model me/my-model --private
+    diffusers-far push runs/my-model me/my-game --space gradio --hardware zero-a10g
+    diffusers-far push me/my-model me/my-game --space static --dry-run my-game
     """
-    from .hub import push_folder
+    of_space = {"dry_run": dry_run, **space_options}
+    of_model = {"revision": revision, "sample_video": sample_video}
+    for name, value in (of_model if space else of_space).items():
+        if value is not None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} goes {'without' if space else 'with'} --space"
+            )
+    if space is None:
+        if not Path(checkpoint).is_dir():
+            raise click.UsageError(f"CHECKPOINT: {checkpoint} is not there; it takes a pipeline folder")
+        from .hub import push_folder, told_in_our_words
 
-    pipeline = load_pipeline(str(checkpoint), "cpu", variant=variant)
-    click.echo(push_folder(checkpoint, repo_id, pipeline, **options))
+        pipeline = load_pipeline(checkpoint, "cpu", variant=variant)
+        with told_in_our_words(repo_id):
+            click.echo(push_folder(checkpoint, repo_id, pipeline, private, revision, token, sample_video))
+        return
+    if space == "static":
+        need_export()
+    from .space import push_space, write_space
+
+    if dry_run is not None:
+        write_space(dry_run, checkpoint, repo_id, space, variant=variant, **space_options)
+        click.echo(f"{dry_run}: written")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_space(
+            Path(folder) / "space", checkpoint, repo_id, space, variant=variant, **space_options
+        )
+        click.echo(push_space(written, repo_id, space, private, space_options["hardware"], token))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """What goes to the Hub beside the weights: a model card that is filled in."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import describe_actions
@@ -231,11 +234,7 @@ def push_folder(
     repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+    files = pipeline_files(folder)
     if "README.md" in files and MARKER in files["README.md"].read_text(encoding="utf-8"):
         del files["README.md"]
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -246,6 +245,31 @@ def push_folder(
         operations.append(CommitOperationAdd("sample.mp4", Path(sample_video)))
     message = f"Upload {type(pipeline).__name__}"
     return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)
+
+
+def pipeline_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a pipeline's folder by their names in it, hidden ones left out."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+@contextmanager
+def told_in_our_words(repo_id: str) -> Iterator[None]:
+    """What the Hub refuses becomes a ValueError that names the repository and what helps."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = error.server_message or " ".join(str(error).split())
+        if status in (401, 403):
+            raise ValueError(
+                f"{repo_id}: the Hub does not let you ({status}: {said}). It takes a token that may do this: "
+                "`hf auth login`, or --token"
+            ) from error
+        raise ValueError(f"{repo_id}: the Hub answers {status}: {said}") from error
 
 
 def is_written_by_people(api: HfApi, repo_id: str, revision: str | None) -> bool:

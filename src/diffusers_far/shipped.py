@@ -10,6 +10,8 @@ ANY_STEP_CHECKPOINT = "checkpoints/far-doom-maze-64-any-step"  # the faster one,
 CHECKPOINT = "checkpoints/far-doom-maze-64"
 if not (_PLACES[0] / CHECKPOINT).exists():  # an installed package has the faster one only
     CHECKPOINT = ANY_STEP_CHECKPOINT
+# What the shipped models were trained with, by the name of their folder or repository.
+WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
 EPISODES = "data/samples/doom-maze-64/validation"
 
 

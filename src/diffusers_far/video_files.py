@@ -6,11 +6,11 @@ Nothing else in the package uses PyAV, which is imported when the first file is 
 import itertools
 import math
 import os
-import secrets
 import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .whole_files import written_whole
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -583,12 +585,17 @@ class VideoWriter:
         self.path = Path(os.path.realpath(path))
         self.frame_rate = Fraction(frame_rate).limit_denominator(1001)
         self.num_frames = 0
-        self._partial = self.path.with_name(f".{self.path.stem}-{secrets.token_hex(4)}{self.path.suffix}")
 
     def __enter__(self) -> Self:
         import av
 
-        self._container = av.open(f"file:{self._partial}", "w", format=self.path.suffix.lower()[1:])
+        with ExitStack() as stack:
+            partial = stack.enter_context(written_whole(self.path))
+            stack.callback(lambda: None if self.num_frames else partial.unlink(missing_ok=True))
+            container = av.open(f"file:{partial}", "w", format=self.path.suffix.lower()[1:])
+            self._container = stack.enter_context(container)
+            stack.push(self._finish)
+            self._opened = stack.pop_all()
         return self
 
     def write(self, frame: np.ndarray) -> None:
@@ -627,16 +634,11 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None and self.num_frames:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None and self.num_frames:
-                with open(self._partial, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        self._opened.__exit__(kind, error, trace)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.num_frames:
+            self._container.mux(self._stream.encode())
 
 
 def save_video(frames: Iterable[np.ndarray], path: str | Path, frame_rate: Fraction | float) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffusers_far.key_map import (
     model_name,
 )
 from diffusers_far.presets import convert_published_config, preset
+from tests.python_process import run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "conversion" / "convert_far.py"
@@ -65,9 +65,7 @@ def arguments(files: dict[str, Path], *more: str) -> list[str]:
 
 def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A real run from another folder."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300, cwd=folder
-    )
+    return run_python([str(SCRIPT), *arguments], folder)
 
 
 def test_the_command_line_writes_a_pipeline_and_takes_it_back(

@@ -20,6 +20,7 @@ from evaluation.context_curve import (
     wall_colours,
 )
 from evaluation.world_model import predict
+from tests.python_process import run_python
 from tests.tiny_models import generator, latents, long_transformer, max_error, pipeline, transformer
 
 ACTIONS = torch.arange(60).view(3, 20) % 4
@@ -195,8 +196,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Pat
 
 def run(repository: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     script = repository / "evaluation" / "context_curve.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python([str(script), *map(str, arguments)])
 
 
 def test_a_whole_run(repository: Path, tmp_path: Path, checkpoint: Path, recording: Path) -> None:

@@ -83,3 +83,17 @@ def test_reset_forgets_everything() -> None:
         plan.add_frame()
     plan.reset()
     assert plan.next_frame() == fresh.next_frame()
+
+
+def test_rewind_keeps_what_the_ring_has_of_earlier_frames() -> None:
+    plan = FramePlan(ring_frames=3, window_frames=2)
+    for _ in range(8):
+        plan.next_frame()
+        plan.add_frame()
+    assert plan.slots == [3, 4, 2]
+    plan.rewind(4)  # back to 4 frames: the ring is of frames 0 and 1, which it has no more
+    assert [call.frames for call in plan.next_frame()] == [(0, 2, 3), (1, 2, 3), (4,)]
+    plan.rewind(0)
+    assert [call.frames for call in plan.next_frame()] == [(4,)]
+    plan.rewind(1)
+    assert plan.slots == [0, 1, -1] and plan.window is None

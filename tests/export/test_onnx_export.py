@@ -1,5 +1,6 @@
 """Exported graphs in ONNX Runtime against the rollout in PyTorch, from the same noise."""
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import FlowMatchLCMScheduler
+from PIL import Image
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
 from diffusers_far.cli import main
@@ -20,6 +22,7 @@ from diffusers_far.shipped import ANY_STEP_CHECKPOINT as CHECKPOINT
 from diffusers_far.shipped import locate
 from tests import tiny_models as tm
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
@@ -129,11 +132,122 @@ def test_a_game_is_the_same_after_reset_and_its_trace_is_json(base: Path) -> Non
 def test_all_shapes_are_fixed(long: Path) -> None:
     config = json.loads((long / "rollout.json").read_text())
     assert sorted(path.name for path in long.iterdir()) == [
-        *("commit.onnx", "decode.onnx", "encode.onnx", "rollout.json", "step.onnx")
+        *("commit.onnx", "decode.onnx", "encode.onnx", "rollout.json", "step.onnx", "weights.bin")
     ]
     for graph in config["graphs"].values():
         for one in (*graph["inputs"], *graph["outputs"]):
             assert one["shape"] and all(size > 0 for size in one["shape"]), one
+
+
+def test_step_and_commit_share_their_weights(base: Path) -> None:
+    """What both have is in the file once, and the graphs hold next to nothing."""
+    sizes, places = {}, {}
+    for name in ("step", "commit"):
+        tensors = onnx.load(base / f"{name}.onnx", load_external_data=False).graph.initializer
+        entries = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors]
+        places[name] = {entry["offset"] for entry in entries if entry}
+        sizes[name] = sum(int(entry["length"]) for entry in entries if entry)
+        assert all(len(tensor.raw_data) < 1024 for tensor in tensors)
+    assert len(places["step"] & places["commit"]) > len(places["commit"]) / 2
+    both = (base / "weights.bin").stat().st_size
+    assert max(sizes.values()) <= both < 0.7 * sum(sizes.values())
+
+
+def test_files_are_named_with_size_and_hash(base: Path) -> None:
+    config = json.loads((base / "rollout.json").read_text())
+    assert {*config["files"], "rollout.json"} == {path.name for path in base.iterdir()}
+    for name, file in config["files"].items():
+        data = (base / name).read_bytes()
+        assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 9])
+def test_rewind_goes_on_as_the_rollout_in_pytorch_does(long: Path, num_frames: int) -> None:
+    exported = ExportedRollout(long, SEED, class_label=2)
+    rollout = long_pipeline().rollout(batch_size=1, output_type="latent", class_labels=2)
+
+    def error(actions: list[list[int]]) -> float:
+        errors = []
+        for action in actions:
+            noise = seeded_noise(SEED, exported.num_frames, exported.config["latent_shape"])
+            found = torch.from_numpy(exported.step_latents(action, noise))
+            expected = rollout.step_latents(torch.tensor([action]), torch.tensor(noise)[None, None])
+            errors.append(tm.relative_error(found, expected[0, 0]))
+        return max(errors)
+
+    assert error([[1, 2]] * 18) < tm.TOLERANCE
+    first = exported._latents[18 - num_frames]
+    exported.rewind(num_frames)
+    rollout.rewind(num_frames)
+    assert exported.num_frames == 18 - num_frames
+    assert error([[2, 0]] * 12) < tm.TOLERANCE
+    assert not np.array_equal(exported._latents[18 - num_frames], first)
+    count = 30 - num_frames
+    with pytest.raises(ValueError, match=f"num_frames={count + 1} must be 0 to {count}"):
+        exported.rewind(count + 1)
+
+
+def test_given_frames_after_a_rewind_are_a_new_window(long: Path) -> None:
+    """Their numbers are those of frames that the window had."""
+    given = np.random.default_rng(1).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    games = [ExportedRollout(long, SEED) for _ in range(2)]
+    for _ in range(4):
+        games[0].step_latents([1, 1])
+    games[0].rewind(2)
+    for frame in [games[0]._latents[0], games[0]._latents[1]]:
+        games[1].append_latents(frame, [1, 1])
+    for game in games:
+        for frame in given:
+            game.append_latents(frame, [2, 2])
+    found, expected = (torch.from_numpy(game.step_latents([0, 3])) for game in games)
+    assert tm.relative_error(found, expected) < tm.TOLERANCE
+
+
+def test_a_fork_is_another_future(base: Path) -> None:
+    exported = ExportedRollout(base, SEED)
+    for _ in range(3):
+        exported.step_latents(1)
+    branch = exported.fork()
+    branch.step_latents(2)
+    left, right = branch.step_latents(2), [exported.step_latents(1) for _ in range(2)][-1]
+    assert not np.array_equal(left, right)
+    branch.rewind(2)
+    branch.step_latents(1)
+    assert np.array_equal(branch.step_latents(1), right)
+
+
+def test_starts_are_frames_of_the_export(tmp_path: Path) -> None:
+    pipe = tm.pipeline(tm.transformer(action_dim=2, num_layers=1), num_training_frames=4)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    actions = [[1.0, 2.0], [float("nan")] * 2, [0.5, 0.0]]
+    folder = export_onnx(pipe, tmp_path / "onnx", starts=[(frames, actions), (frames[:1], None)])
+    begun, given = ExportedRollout(folder), ExportedRollout(folder)
+    begun.append_start(0)
+    for frame, action in zip(frames, actions, strict=True):
+        given.append(frame, action)
+    assert begun.num_frames == 3
+    for one, other in zip(begun._latents.values(), given._latents.values(), strict=True):
+        assert tm.relative_error(torch.from_numpy(one), torch.from_numpy(other)) < 1e-3  # half precision
+    assert begun._actions[1] is None and np.array_equal(begun._actions[0], [1.0, 2.0])
+    strip = np.asarray(Image.open(folder / "start_0.jpg"), float)
+    assert (
+        strip.shape == (64, 3 * 64, 3)
+        and np.corrcoef(strip[:, 64:128].ravel(), frames[1].ravel())[0, 1] > 0.95
+    )
+    begun.reset()
+    begun.append_start(1)
+    assert begun.num_frames == 1 and begun._actions[0] is None
+    with pytest.raises(ValueError, match="index=2: this export has 2 starts"):
+        begun.append_start(2)
+    for start, message in (
+        (
+            (frames[:, :32], None),
+            r"starts\[0\] has frames uint8 \[3, 32, 64, 3\]; it takes uint8 \[T, 64, 64, 3\]",
+        ),
+        ((frames, actions[:2]), r"starts\[0\] actions has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_onnx(pipe, tmp_path / "wrong", starts=[start])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """A stand-in for the Hugging Face Hub on loopback: the part of its protocol that uploads and downloads take.
 
 No such server exists as a package. Repositories are dictionaries in memory, one version per branch; a private
-one answers only to the token. Data sets, named such as datasets/me/walks, can be read only. Large-file
-storage is not played: every file is a regular one.
+one answers only to the token. Data sets, named such as datasets/me/walks, can be read only. Spaces are named
+such as spaces/me/game; a new one has a README.md, as on the Hub. Large-file storage is not played: every file
+is a regular one.
 """
 
 import base64
@@ -47,6 +48,7 @@ class HubDouble:
     repositories: dict[str, Repository] = field(default_factory=dict)
     num_requests: int = 0
     messages: list[str] = field(default_factory=list)  # of the commits
+    created: list[dict[str, Any]] = field(default_factory=list)  # what each new repository was asked for with
 
 
 def build(hub: HubDouble) -> FastAPI:
@@ -72,11 +74,16 @@ def build(hub: HubDouble) -> FastAPI:
         name = "/".join(filter(None, [body.get("organization") or "me", body["name"]]))
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             raise HTTPException(401)
-        repository = {"url": f"{hub.url}/{name}", "name": name, "id": name}
+        is_space = body.get("type") == "space"
+        name = f"spaces/{name}" if is_space else name
+        repository = {"url": f"{hub.url}/{name}", "name": name, "id": name.removeprefix("spaces/")}
         if name in hub.repositories:
             return JSONResponse(repository, status_code=409)
         private = body.get("private") is True or body.get("visibility") == "private"
         hub.repositories[name] = Repository(private)
+        hub.created.append(body)
+        if is_space:
+            hub.repositories[name].branches["main"] |= {".gitattributes": b"", "README.md": b"# A Space\n"}
         return repository
 
     @app.get("/api/whoami-v2")
@@ -95,6 +102,14 @@ def build(hub: HubDouble) -> FastAPI:
         repository.branches[branch] = dict(repository.branches["main"])
         return {}
 
+    @app.post("/api/spaces/{owner}/{name}/preupload/{revision}")
+    async def preupload_to_space(owner: str, name: str, revision: str, request: Request) -> Any:
+        return await preupload(f"spaces/{owner}", name, revision, request)
+
+    @app.post("/api/spaces/{owner}/{name}/commit/{revision}")
+    async def commit_to_space(owner: str, name: str, revision: str, request: Request) -> Any:
+        return await commit(f"spaces/{owner}", name, revision, request)
+
     @app.post("/api/models/{owner}/{name}/preupload/{revision}")
     async def preupload(owner: str, name: str, revision: str, request: Request) -> Any:
         find(f"{owner}/{name}", request, write=True)
@@ -111,6 +126,8 @@ def build(hub: HubDouble) -> FastAPI:
                 hub.messages.append(entry["value"]["summary"])
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            if entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
         commit_id = repository.commit_id(revision)
         return {
             "success": True,
@@ -151,6 +168,10 @@ def build(hub: HubDouble) -> FastAPI:
         info = await model_info(f"datasets/{owner}", name, request, revision)
         return info | {"id": f"{owner}/{name}"}
 
+    @app.get("/api/spaces/{owner}/{name}/tree/{revision}")
+    async def space_tree(owner: str, name: str, revision: str, request: Request) -> Any:
+        return await tree(f"spaces/{owner}", name, revision, request)
+
     @app.get("/api/datasets/{owner}/{name}/tree/{revision}")
     async def dataset_tree(owner: str, name: str, revision: str, request: Request) -> Any:
         return await tree(f"datasets/{owner}", name, revision, request)
@@ -160,6 +181,10 @@ def build(hub: HubDouble) -> FastAPI:
         owner: str, name: str, revision: str, path: str, request: Request
     ) -> Response:
         return await resolve(f"datasets/{owner}", name, revision, path, request)
+
+    @app.api_route("/spaces/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+    async def resolve_in_space(owner: str, name: str, revision: str, path: str, request: Request) -> Response:
+        return await resolve(f"spaces/{owner}", name, revision, path, request)
 
     @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
     async def resolve(owner: str, name: str, revision: str, path: str, request: Request) -> Response:

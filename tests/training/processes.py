@@ -3,26 +3,19 @@
 import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.python_process import PythonProcess
 
-def start(command: Sequence[str], num_processes: int, folder: Path) -> list[subprocess.Popen[str]]:
+
+def start(command: Sequence[str], num_processes: int, folder: Path) -> list[PythonProcess]:
     """`python COMMAND` in each of so many processes."""
     port = free_port()
     shared = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        PythonProcess(command, folder, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_processes)
     ]
 
@@ -36,10 +29,10 @@ def free_port() -> int:
     raise OSError("no free port")
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[str]:
+def finish(processes: Sequence[PythonProcess], timeout: float = 120) -> list[str]:
     """What each said; none is left running."""
     try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
+        return ["".join(process.communicate(timeout)) for process in processes]
     finally:
         for process in processes:
             process.kill()

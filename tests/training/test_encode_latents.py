@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -22,6 +20,7 @@ from diffusers_far.training import encode_latents as script
 from diffusers_far.training.clips import LatentVideos
 from diffusers_far.training.options import FrameOptions
 from diffusers_far.training.sources import open_source
+from tests.python_process import run_python
 from tests.training.processes import finish, start
 from tests.video_writing import numbered_frames
 from tests.video_writing import write_video as numbered_video
@@ -224,9 +223,9 @@ def test_latents_too_large_for_float16_are_refused(data: Path, tmp_path: Path) -
 
 def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_path: Path) -> None:
     save_autoencoder(tmp_path / "autoencoder")
-    command = [sys.executable, "-m", "training.encode_latents", str(data), "--splits", "validation"]
+    command = ["-m", "training.encode_latents", str(data), "--splits", "validation"]
     command += ["--autoencoder", str(tmp_path / "autoencoder"), "--output", str(tmp_path / "latents")]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    result = run_python(command, repository)
     assert result.returncode == 0, result.stderr
     assert "validation: 1 of 1 episodes" in result.stderr
     assert (tmp_path / "latents/validation/00002.safetensors").is_file()

@@ -1,13 +1,12 @@
 """training/options.py: recipe and command line, and values that are refused."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffusers_far.training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
+from tests.python_process import run_python
 from tests.tiny_latents import run_options
 
 
@@ -114,8 +113,7 @@ def test_warmup_of_an_autoencoder_in_steps() -> None:
 
 @pytest.mark.parametrize("module", ["train_far", "train_autoencoder", "encode_latents", "make_pipeline"])
 def test_help_has_a_line_for_every_option(repository: Path, module: str) -> None:
-    command = [sys.executable, "-m", f"training.{module}", "--help"]
-    said = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    said = run_python(["-m", f"training.{module}", "--help"], repository)
     assert said.returncode == 0, said.stderr
     options = [line.strip() for line in said.stdout.splitlines() if line.startswith("  --")]
     assert len(options) > 4
@@ -127,13 +125,8 @@ def test_help_has_a_line_for_every_option(repository: Path, module: str) -> None
 
 
 def test_a_mistake_is_one_line(repository: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "training.train_far",
-        *run_options(tmp_path / "nowhere", tmp_path / "run"),
-    ]
-    said = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    words = run_options(tmp_path / "nowhere", tmp_path / "run")
+    said = run_python(["-m", "training.train_far", *words], repository)
     assert said.returncode == 1
     assert said.stderr.splitlines()[-1].startswith("ValueError: latents: ") and "Traceback" not in said.stderr
     assert not (tmp_path / "run").exists()

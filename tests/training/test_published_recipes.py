@@ -1,7 +1,5 @@
 """training/recipes/published/: what the recipes say, and a step of each in a small copy."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from diffusers_far.training import train_autoencoder
 from diffusers_far.training.options import AutoencoderOptions, FAROptions, ModelOptions, parse
 from diffusers_far.training.train_autoencoder import AutoencoderTrainer
 from diffusers_far.training.train_far import FARTrainer
+from tests.python_process import run_python
 from tests.tiny_latents import read_log
 
 SMALL = ["--num-layers", "1", "--num-attention-heads", "1", "--attention-head-dim", "16"]
@@ -128,8 +127,7 @@ def test_a_recipe_from_the_command_line(
     published: Path, latents: Path, repository: Path, tmp_path: Path
 ) -> None:
     words = small_copy(published, "far-b-long-dmlab", latents, tmp_path / "run")
-    command = [sys.executable, "-m", "training.train_far", *words]
-    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    run = run_python(["-m", "training.train_far", *words], repository)
     assert run.returncode == 0, run.stderr
     assert FARTransformer3DModel.from_pretrained(tmp_path / "run/ema").config.long_patch_size == 4
 

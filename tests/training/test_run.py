@@ -7,8 +7,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from diffusers_far.training.options import FAROptions, ModelOptions, parse
 from diffusers_far.training.run import Run
 from diffusers_far.training.train_far import FARTrainer
+from tests.python_process import PythonProcess, run_python
 from tests.tiny_latents import LONG, averaged_weights, read_log, run_options, write_latents
 
 
@@ -59,8 +58,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     run(run_options(latents, tmp_path / "unbroken", *more))
 
     command = run_options(latents, tmp_path / "broken", *more)
-    script = [sys.executable, "-m", "training.train_far", *command]
-    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, cwd=repository)
+    process = PythonProcess(["-m", "training.train_far", *command], repository)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "broken").glob("checkpoint-0*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -139,9 +137,8 @@ def test_a_signal_saves_and_ends(
     latents: Path, tmp_path: Path, repository: Path, number: signal.Signals
 ) -> None:
     command = run_options(latents, tmp_path, "--max_train_steps", "100000")
-    script = [sys.executable, "-m", "training.train_far", *command]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, cwd=repository)
-    assert process.stdout is not None and process.stdout.readline().startswith("step=1 ")
+    process = PythonProcess(["-m", "training.train_far", *command], repository)
+    process.wait_for_line("step=1 ")
     process.send_signal(number)
     if number == signal.SIGTERM:  # which a cluster's scheduler and a launcher may both send
         time.sleep(0.05)
@@ -164,7 +161,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(latents: Path, tmp_path: Path, r
     command = run_options(latents, output, "--max_train_steps", "4", "--resume_from", "latest")
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({2**14}, {2**14}))"
     code = f"{limit}; from diffusers_far.training.train_far import main; main({command})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    result = run_python(["-c", code], repository)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     expected = "OSError: step 4: .*run/checkpoint-0000004 cannot be written .*; last checkpoint: .*0000002\n"
     assert re.search(expected, result.stderr)

@@ -105,9 +105,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
         latents, tmp_path / "two", 2, "--max_train_steps", "100000", "--dataloader_workers", "1"
     )
     processes = start(["-m", "training.train_far", *endless], 2, repository)
-    assert processes[0].stdout is not None
-    while not (line := processes[0].stdout.readline()).startswith("step=2 "):
-        assert line, processes[1].stdout
+    processes[0].wait_for_line("step=2 ")
     processes[1].send_signal(signal.SIGTERM)
     finish(processes)
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2

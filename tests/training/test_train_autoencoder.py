@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ from diffusers_far.training import train_autoencoder as script
 from diffusers_far.training.episodes import Episode, Episodes, RecordedVideo, load_frames
 from diffusers_far.training.options import AutoencoderOptions, FrameOptions, parse
 from diffusers_far.training.sources import open_source
+from tests.python_process import run_python
 
 CPU = torch.device("cpu")
 
@@ -297,10 +296,10 @@ def test_script_runs_from_the_command_line(data: Path, repository: Path, tmp_pat
     recipe.write_text(
         "block_out_channels: [8, 16]\nlayers_per_block: [0, 1]\nlatent_channels: 4\nmax_train_steps: 9\n"
     )
-    command = [sys.executable, "-m", "training.train_autoencoder", str(recipe), "--data", str(data)]
+    command = ["-m", "training.train_autoencoder", str(recipe), "--data", str(data)]
     command += ["--output-dir", str(tmp_path / "run"), "--max-train-steps", "2", "--num_threads", "1"]
     command += ["--validation_steps", "1", "--gradient_accumulation_steps", "2"]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    result = run_python(command, repository)
     assert result.returncode == 0, result.stderr
     assert "validation_psnr=" in result.stdout
     assert (tmp_path / "run/checkpoint-0000002").is_dir()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import struct
@@ -35,6 +36,7 @@ from diffusers_far.training.train_folder import (
     read_plan,
     write_plan,
 )
+from tests.python_process import PythonProcess, run_python
 from tests.tiny_models import autoencoder, pipeline, transformer
 from tests.video_writing import numbered_frames, write_video
 
@@ -77,12 +79,12 @@ def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(videos: Path, output: Path, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "diffusers_far.cli", "train", str(videos), "--output-dir", str(output)]
+    words = ["-m", "diffusers_far.cli", "train", str(videos), "--output-dir", str(output)]
     return [*words, *TINY, *more]
 
 
 def run(videos: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(videos, output, *more), capture_output=True, text=True, timeout=600)
+    return run_python(command(videos, output, *more), timeout=600)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -125,32 +127,19 @@ def test_from_a_folder_to_a_model_that_plays(videos: Path, tiny_autoencoder: Pat
 
 def test_ctrl_c_saves_and_says_how_to_go_on(videos: Path, tiny_autoencoder: Path, tmp_path: Path) -> None:
     more = ("--autoencoder", str(tiny_autoencoder), "--max-train-steps", "400", "--validation-steps", "0")
-    process = subprocess.Popen(
-        command(videos, tmp_path / "run", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("step=3 "):
-            process.send_signal(signal.SIGINT)
-            break
-    rest, errors = process.communicate(timeout=300)
+    process = PythonProcess(command(videos, tmp_path / "run", *more))
+    process.wait_for_line("step=3 ")
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    last = rest.splitlines()[-1]
+    last = said.splitlines()[-1]
     assert "and saved; to go on: diffusers-far train " in last and last.endswith("--resume-from latest")
     step = int(last.split("at step ")[1].split(",")[0])
     assert (tmp_path / f"run/checkpoint-{step:07d}").is_dir() and (tmp_path / "run/pipeline").is_dir()
 
     words = last.partition("diffusers-far train ")[2]
     words = words.replace("--max-train-steps 400", f"--max-train-steps {step + 2}")
-    resumed = subprocess.run(
-        f"{sys.executable} -m diffusers_far.cli train {words}",
-        shell=True,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    resumed = run_python(["-m", "diffusers_far.cli", "train", *shlex.split(words)], timeout=600)
     assert resumed.returncode == 0, resumed.stderr
     assert f"step={step + 1} " in resumed.stdout and "step=1 " not in resumed.stdout
     assert (tmp_path / "run/sample.mp4").is_file()
@@ -272,7 +261,9 @@ def test_a_bar_on_a_terminal(videos: Path, tiny_autoencoder: Path, tmp_path: Pat
     more = ("--autoencoder", str(tiny_autoencoder), "--max-minutes", "0.05", "--validation-steps", "0")
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
-    process = subprocess.Popen(command(videos, tmp_path / "run", *more), stdout=end, stderr=end)
+    process = subprocess.Popen(
+        [sys.executable, *command(videos, tmp_path / "run", *more)], stdout=end, stderr=end
+    )
     os.close(end)
     shown = b""
     while True:

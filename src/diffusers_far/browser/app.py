@@ -15,9 +15,10 @@ from starlette.middleware import Middleware
 
 from ..loading import load_pipeline
 from ..pipeline_far_video import FARVideoPipeline
-from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, find
+from ..shipped import ANY_STEP_CHECKPOINT, EPISODES, WORLDS, find
 from .compare import compare_tab
 from .continue_video import continue_tab
+from .lent_gpu import Lend, Lender, LentPlayers
 from .play import play_tab
 from .players import Players
 from .starts import Start, cut_starts, fit_starts, read_episodes
@@ -25,8 +26,6 @@ from .uploads import MAX_UPLOAD_MB
 from .visitors import Gate, Visitors
 
 TITLE = "FAR: video, frame after frame"
-# What the shipped models were trained with, by the name of their folder or repository.
-WORLDS = {"far-doom-maze-64": "mazes", "far-doom-maze-64-any-step": "mazes"}
 DEFAULT_SIDE = 64  # of frames where nothing else says it
 MAX_JOBS_WAITING = 64
 CLEANING = (600, 3600)  # every ten minutes, videos that are an hour old are removed
@@ -71,8 +70,9 @@ def build_app(
             play_tab(pipeline, players, starts, size)
         with gr.Tab("Continue a video"):
             continue_tab(pipeline, players, visitors, size)
-        with gr.Tab("Compare context"):
-            compare_tab(pipeline, players, visitors, starts, size)
+        if players.games_share_a_device:  # it plays four at once
+            with gr.Tab("Compare context"):
+                compare_tab(pipeline, players, visitors, starts, size)
     return app.queue(default_concurrency_limit=2, max_size=MAX_JOBS_WAITING)
 
 
@@ -100,6 +100,9 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     max_players: int = 8,
+    variant: str | None = None,
+    world: str | None = None,
+    lent_gpu: Lend | None = None,
 ) -> None:
     """Serve the app until it is interrupted or terminated; no file of it is left behind.
 
@@ -110,20 +113,28 @@ def launch(
         host: address to listen on; 0.0.0.0 for all.
         port: by default the first free one from 7860 on.
         max_players: games at once.
+        variant: of the checkpoint's weights, such as fp16.
+        world: what the model was trained with, in a word or two; known of the shipped models.
+        lent_gpu: `spaces.GPU` in a Space on ZeroGPU, where a game has a GPU only while it is played.
     """
     stop, visitors = threading.Event(), Visitors()
     if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="diffusers-far-") as temporary:
         os.environ.setdefault("GRADIO_TEMP_DIR", temporary)  # uploads, and videos for visitors
+        pipeline = load_pipeline(checkpoint, device, variant=variant)
+        players = Players(max_players)
+        if lent_gpu is not None:
+            players = LentPlayers(Lender(lent_gpu, pipeline), max_players)
         app = build_app(
-            load_pipeline(checkpoint, device),
+            pipeline,
             None if episodes is None else find(episodes, "episodes"),
-            Players(max_players),
+            players,
             visitors,
-            world=WORLDS.get(Path(checkpoint).name),
+            world=world or WORLDS.get(Path(checkpoint).name),
         )
-        serve(app, visitors, server_name=host, server_port=port)
+        # Not rendered by a server of Node's, as Spaces may ask for: the game is JavaScript of the page.
+        serve(app, visitors, server_name=host, server_port=port, ssr_mode=False)
         try:
             while not stop.wait(3600):
                 pass

@@ -22,7 +22,7 @@ from .forms import (
     whole_number,
 )
 from .pictures import FRAMES_PER_SECOND, enlarged, picture
-from .players import Game, GameSettings, Players, VisitorError
+from .players import GameSettings, Players, VisitorError
 from .starts import Start
 from .visitors import Visitors, job
 
@@ -117,7 +117,7 @@ def compare(
     table = action_table(pipeline, actions, num_new)
     frames, led_by = (starts[start].frames, starts[start].actions) if start >= 0 else (None, None)
     games = [
-        players.run(lambda kind=kind: Game(pipeline, frames, led_by, kind, seed, size=size))
+        players.run(lambda kind=kind: players.new_game(pipeline, frames, led_by, kind, seed, size=size))
         for kind in kinds.values()
     ]
     rows: list[np.ndarray] = []

@@ -25,7 +25,7 @@ from .forms import (
     whole_number,
 )
 from .pictures import FRAMES_PER_SECOND, enlarged
-from .players import Game, Players, VisitorError
+from .players import Players, VisitorError
 from .uploads import FITS, MAX_UPLOAD_FRAMES, MAX_UPLOAD_MB, read_upload
 from .visitors import Visitors, job
 
@@ -114,7 +114,7 @@ def continue_video(
     num_context = min(num_context, len(upload))
     end = num_context if len(upload) >= num_context + num_new else len(upload)
     context, truth = upload[end - num_context : end], upload[end : end + num_new]
-    game = players.run(lambda: Game(pipeline, context, None, settings, seed, size=size))
+    game = players.run(lambda: players.new_game(pipeline, context, None, settings, seed, size=size))
     made: list[np.ndarray] = []
     for count, action in enumerate(table, start=1):
         made.append(players.run(game.step, action).image)

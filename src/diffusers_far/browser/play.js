@@ -13,6 +13,8 @@ let chosen = null; // of groups of actions, or of the numbers of a vector: what 
 let options = null, named = false, playing = false, waiting = false, start = 0, picked = null, alive = false;
 let pictures = new Map(); // frames that are in the context, for the strip
 let arrivals = []; // times of the last frames, for the rate
+const HUB = "https://huggingface.co", HUB_HEADERS_LAST = 20000; // milliseconds
+let hubSaid = null, hubAsked = -Infinity;
 
 function settings() {
   return {
@@ -90,10 +92,27 @@ function drawStrip(long, short, looked) {
   });
 }
 
+// A Space on ZeroGPU counts what is played against the visitor. Who that is, the Hub's page around this one says,
+// in headers that Gradio asks it for in the same way before events of its own.
+async function hubHeaders() {
+  if (!options?.lent_gpu || window.parent === window || !window.supports_zerogpu_headers) return null;
+  if (performance.now() > hubAsked + HUB_HEADERS_LAST) {
+    hubAsked = performance.now();
+    hubSaid = await new Promise((answer) => {
+      const channel = new MessageChannel();
+      channel.port1.onmessage = ({ data }) => answer(data ?? null);
+      window.parent.postMessage("zerogpu-headers", HUB, [channel.port2]);
+      setTimeout(answer, 3000, null);
+    });
+  }
+  return hubSaid;
+}
+
 async function ask(name, argument) {
   waiting = true;
   try {
-    const reply = await server[name]({ player, ...argument });
+    const hub_headers = await hubHeaders();
+    const reply = await server[name]({ player, ...(hub_headers && { hub_headers }), ...argument });
     show(reply.error ?? "");
     if (reply.error) pause();
     return reply.error ? null : reply;

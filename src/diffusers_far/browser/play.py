@@ -15,8 +15,9 @@ from ..inputs import group_names
 from ..pipeline_far_video import FARVideoPipeline
 from ..video_files import save_video
 from .forms import MAX_GUIDANCE, MAX_SEED, MAX_SLOPE, MAX_STEPS, default_slope, shown
+from .lent_gpu import asked_by
 from .pictures import FRAMES_PER_SECOND, data_url, enlarged, picture
-from .players import Game, GameFrame, GameSettings, Players, VisitorError
+from .players import GameFrame, GameSettings, Players, VisitorError
 from .starts import Start
 from .uploads import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image
 
@@ -92,6 +93,7 @@ class PlayServer:
             "numbers": numbers(space, names) if space is not None and space.is_vector else None,
             "guidance": space is not None,
             "long": model.is_long,
+            "lent_gpu": not self.players.games_share_a_device,
             "num_inference_steps": config.num_inference_steps,
             "flex_rope_slope": default_slope(self.pipeline),
             "starts": [picture(start.frames[-1]) for start in self.starts],
@@ -105,7 +107,8 @@ class PlayServer:
         check_range("seed", seed, 0, MAX_SEED, whole=True)
         frames, actions = self._first_frames(message)
         frame = self.players.start(
-            player_id(message), lambda: Game(self.pipeline, frames, actions, settings, seed, size=self.size)
+            player_id(message),
+            lambda: self.players.new_game(self.pipeline, frames, actions, settings, seed, size=self.size),
         )
         earlier: Any = [] if frames is None else frames[-frame.number - 1 : -1]
         return reply(frame) | {"earlier": [(number, picture(image)) for number, image in enumerate(earlier)]}
@@ -129,7 +132,8 @@ class PlayServer:
         if not isinstance(look, bool):
             raise ValueError(f"look={shown(look)} must be true or false")
         settings = game_settings(message.get("settings"))
-        return reply(self.players.step(player_id(message), action, settings, look))
+        with asked_by(message.get("hub_headers")):
+            return reply(self.players.step(player_id(message), action, settings, look))
 
     def save(self, message: Message) -> Message:
         """The game so far as an mp4, in a data URL."""

@@ -5,10 +5,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class UnknownPlayerError(VisitorError):
 
 
 GAME, JOB = 0, 1  # what comes first on the device
+MAX_CONTEXT_FRAMES = 64
+MAX_RECORDED_FRAMES = 600
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,44 @@ class GameFrame:
     attention: dict[int, float] | None = None
 
 
+class Playable(Protocol):
+    """What a game has, wherever it runs."""
+
+    @property
+    def recording(self) -> Iterable[np.ndarray]:
+        """The last frames, `[H, W, 3]` uint8 each."""
+
+    def step(self, action: Any = None, settings: GameSettings | None = None, look: bool = False) -> GameFrame:
+        """The next frame; see [`Game.step`]."""
+
+    def last_frame(self) -> GameFrame:
+        """The newest frame; a gray one if there is none yet."""
+
+
+def rollout_settings(
+    pipeline: FARVideoPipeline, settings: GameSettings, max_context_frames: int = MAX_CONTEXT_FRAMES
+) -> dict[str, Any]:
+    """The arguments of a game's rollout.
+
+    Args:
+        pipeline: whose rollout it is.
+        settings: of the game.
+        max_context_frames: see [`Game`].
+    """
+    # Without refreshing the window a frame comes sooner, and looks the same.
+    schedule = ContextSchedule(refresh_interval=None)
+    if not settings.long_memory:
+        window = pipeline.transformer.config.short_window
+        schedule = ContextSchedule(window, max_long_frames=0, refresh_interval=None)
+    most = min(pipeline.config.num_training_frames or max_context_frames, max_context_frames)
+    return {
+        "guidance_scale": settings.guidance_scale,
+        "num_inference_steps": settings.num_inference_steps,
+        "flex_rope_slope": settings.flex_rope_slope,
+        "context_schedule": schedule.for_model(pipeline.transformer.short_window, most),
+    }
+
+
 class Game:
     """One running video, in constant memory.
 
@@ -95,15 +135,14 @@ class Game:
         actions: list[Any] | None = None,
         settings: GameSettings | None = None,
         seed: int = 0,
-        max_context_frames: int = 64,
-        max_recorded_frames: int = 600,
+        max_context_frames: int = MAX_CONTEXT_FRAMES,
+        max_recorded_frames: int = MAX_RECORDED_FRAMES,
         size: tuple[int, int] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.size = size or pipeline.default_size
         self.settings = settings or GameSettings(pipeline.config.num_inference_steps)
-        trained = pipeline.config.num_training_frames
-        self.max_context_frames = min(trained or max_context_frames, max_context_frames)
+        self.max_context_frames = max_context_frames
         if start is not None:
             start = start[-max_context_frames:]
             actions = None if actions is None else actions[-max_context_frames:]
@@ -116,23 +155,8 @@ class Game:
             height=self.size[0],
             width=self.size[1],
             output_type="np",
-            **self._rollout_settings(self.settings),
+            **rollout_settings(pipeline, self.settings, max_context_frames),
         )
-
-    def _rollout_settings(self, settings: GameSettings) -> dict[str, Any]:
-        """The arguments of a rollout."""
-        # Without refreshing the window a frame comes sooner, and looks the same.
-        schedule = ContextSchedule(refresh_interval=None)
-        if not settings.long_memory:
-            window = self.pipeline.transformer.config.short_window
-            schedule = ContextSchedule(window, max_long_frames=0, refresh_interval=None)
-        window = self.pipeline.transformer.short_window
-        return {
-            "guidance_scale": settings.guidance_scale,
-            "num_inference_steps": settings.num_inference_steps,
-            "flex_rope_slope": settings.flex_rope_slope,
-            "context_schedule": schedule.for_model(window, self.max_context_frames),
-        }
 
     def step(self, action: Any = None, settings: GameSettings | None = None, look: bool = False) -> GameFrame:
         """The next frame.
@@ -147,7 +171,7 @@ class Game:
         """
         began = time.perf_counter()
         if settings is not None and settings != self.settings:
-            self.rollout.change(**self._rollout_settings(settings))
+            self.rollout.change(**rollout_settings(self.pipeline, settings, self.max_context_frames))
             self.settings = settings
         image = self.rollout.step(action)[0]
         self.recording.append((255 * image).round().astype(np.uint8))
@@ -176,6 +200,8 @@ class Players:
         clock: seconds.
     """
 
+    games_share_a_device = True
+
     def __init__(
         self,
         max_players: int = 8,
@@ -187,7 +213,7 @@ class Players:
         self.seconds_to_rest = seconds_to_rest
         self.seconds_to_live = seconds_to_live
         self._clock = clock
-        self._games: dict[str, tuple[Game, float]] = {}
+        self._games: dict[str, tuple[Playable, float]] = {}
         self._lock = threading.Lock()
         self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -200,7 +226,7 @@ class Players:
             self._forget_idle()
             return len(self._games)
 
-    def start(self, player: str, make_game: Callable[[], Game]) -> GameFrame:
+    def start(self, player: str, make_game: Callable[[], Playable]) -> GameFrame:
         """Begin a player's game, in place of one that this player may have.
 
         Raises:
@@ -208,7 +234,7 @@ class Players:
         """
         return self._compute(GAME, lambda: self._start(player, make_game))
 
-    def _start(self, player: str, make_game: Callable[[], Game]) -> GameFrame:
+    def _start(self, player: str, make_game: Callable[[], Playable]) -> GameFrame:
         with self._lock:
             self._find_place(player)
         game = make_game()
@@ -232,6 +258,10 @@ class Players:
                 f"{self.seconds_to_rest:.0f} seconds makes place."
             )
         return min(resting)[1]
+
+    def new_game(self, pipeline: FARVideoPipeline, *arguments: Any, **options: Any) -> Playable:
+        """A game; arguments as of [`Game`]."""
+        return Game(pipeline, *arguments, **options)
 
     def step(
         self,
@@ -259,7 +289,7 @@ class Players:
         with self._lock:
             self._games.pop(player, None)
 
-    def _game(self, player: str) -> Game:
+    def _game(self, player: str) -> Playable:
         with self._lock:
             self._forget_idle()
             if player not in self._games:

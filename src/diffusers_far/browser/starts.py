@@ -61,6 +61,22 @@ def fit_starts(starts: list[Start], size: tuple[int, int], space: ActionSpace | 
     return fitted
 
 
+def starts_for_export(
+    episodes: Path, size: tuple[int | None, int | None], space: ActionSpace | None, num_frames: int = 8
+) -> list[tuple[np.ndarray, list[Any] | None]]:
+    """Short clips for a model of this size of frames; none for a model of any size.
+
+    A long clip would take long to be committed before the first frame. The one with most to see comes first.
+    """
+    height, width = size
+    if height is None or width is None:
+        return []
+    clips = cut_starts(read_episodes(episodes), num_frames=num_frames)
+    starts = fit_starts(clips, (height, width), space)
+    starts.sort(key=lambda start: -float(start.frames[-1].std()))
+    return [(start.frames, start.actions) for start in starts]
+
+
 def _are_known(actions: list[Any], space: ActionSpace | None) -> bool:
     if space is None:
         return False

@@ -1,7 +1,6 @@
 """Models as graphs that run without PyTorch. Each name is imported when it is first used."""
 
-import importlib
-from typing import Any
+from ..lazy_names import lazy_names
 
 _MODULES = {
     "ExportedRollout": "diffusers_far.export.exported_rollout",
@@ -12,12 +11,4 @@ _MODULES = {
 
 __all__ = [*_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,5 +1,6 @@
 """ExportedRollout: a running video from exported graphs, in NumPy and ONNX Runtime, without PyTorch."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class ExportedRollout:
     ) -> None:
         import onnxruntime
 
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / "rollout.json").is_file():
             raise ValueError(f"folder={folder} has no rollout.json; it takes what export_onnx wrote")
         self.config: dict[str, Any] = json.loads((folder / "rollout.json").read_text())
@@ -100,6 +101,37 @@ class ExportedRollout:
         }
         self._caches = [dict(empty) for _ in self._conditioned]
 
+    def append_start(self, index: int = 0) -> None:
+        """Let the frames of a start of the export follow, with their actions."""
+        starts = self.config["starts"]
+        if not 0 <= index < len(starts):
+            raise ValueError(f"index={index}: this export has {len(starts)} starts, numbered from 0")
+        start = starts[index]
+        shape = (start["num_frames"], *self.config["latent_shape"])
+        latents = np.fromfile(self.folder / start["latents"], "<f2").reshape(shape)
+        for number, frame in enumerate(latents):
+            self.append_latents(frame, None if start["actions"] is None else start["actions"][number])
+
+    def rewind(self, num_frames: int) -> None:
+        """Take back the last `num_frames` frames. The noise of those that follow is what it was.
+
+        Raises:
+            ValueError: for more than there are.
+        """
+        if not 0 <= num_frames <= self.num_frames:
+            raise ValueError(f"num_frames={num_frames} must be 0 to {self.num_frames}, the frames so far")
+        self.plan.rewind(num_frames)
+        for frame in [frame for frame in self._latents if frame >= self.num_frames]:
+            del self._latents[frame], self._actions[frame]
+
+    def fork(self) -> "ExportedRollout":
+        """Another rollout that goes on from here. The two share the graphs, and nothing that changes."""
+        branch = copy.copy(self)
+        branch.plan, branch.trace = copy.copy(self.plan), list(self.trace)
+        branch._latents, branch._actions = dict(self._latents), dict(self._actions)
+        branch._caches = [dict(cache) for cache in self._caches]
+        return branch
+
     def append(self, frame: Array, action: Any = None) -> None:
         """Let a given frame follow.
 
@@ -155,9 +187,8 @@ class ExportedRollout:
 
     def _add(self, latents: Array, action: Array | None) -> None:
         frame = self.plan.add_frame()
+        # All are kept: after `rewind`, old frames are context again. They are small beside keys and values.
         self._latents[frame], self._actions[frame] = latents, action
-        for old in [old for old in self._latents if old < self.plan.first_frame]:
-            del self._latents[old], self._actions[old]
 
     def _commit(self, call: Call) -> None:
         none = np.zeros(self.config["latent_shape"], np.float32)

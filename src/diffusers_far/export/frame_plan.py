@@ -62,6 +62,13 @@ class FramePlan:
         self.num_frames += 1
         return self.num_frames - 1
 
+    def rewind(self, num_frames: int) -> None:
+        """Take back the last frames. What the ring has of earlier ones stays; `next_frame` plans the rest."""
+        self.num_frames -= num_frames
+        self.slots = [frame if frame < self.num_frames else MISSING for frame in self.slots]
+        if self.window is not None and any(frame >= self.num_frames for frame in self.window):
+            self.window = None  # other frames of these numbers may come
+
     @property
     def first_window_frame(self) -> int:
         """The oldest frame of the window of the next frame; of a base model, which has none, the next one."""

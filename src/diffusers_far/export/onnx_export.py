@@ -1,6 +1,7 @@
 """export_onnx: a pipeline as ONNX graphs with fixed shapes, and the numbers that a rollout of them takes."""
 
 import copy
+import hashlib
 import json
 import logging
 import warnings
@@ -19,6 +20,7 @@ from ..inputs import check_integer
 from ..pipeline_far_video import FARVideoPipeline
 from ..rollout import Rollout
 from ..whole_files import written_whole
+from .exported_starts import Clip, check_starts, write_starts
 from .onnx_graphs import (
     CommitGraph,
     DecodeGraph,
@@ -27,6 +29,7 @@ from .onnx_graphs import (
     StepGraph,
     example_inputs,
 )
+from .shared_weights import SharedWeights
 
 DTYPES = ("float32", "float16", "int8")
 OPSET = 20
@@ -34,6 +37,7 @@ VERSION = 1  # of rollout.json
 NUMBERS_OF_STEPS = (1, 2, 4, 8)  # besides the checkpoint's own
 FOLDED_SIZE = 2**30  # numbers of the largest tensor that is computed at the export
 INT8_BLOCK = 32  # weights that share a scale
+SHARED = "weights.bin"  # what step and commit have in common, and all else that is large in them
 
 
 def export_onnx(
@@ -45,11 +49,12 @@ def export_onnx(
     width: int | None = None,
     num_inference_steps: Sequence[int] | None = None,
     context_schedule: ContextSchedule | None = None,
+    starts: Sequence[Clip] = (),
 ) -> Path:
     """Write a pipeline as a folder of ONNX graphs, which `ExportedRollout` and other languages run.
 
-    The folder has `step.onnx`, `commit.onnx`, `encode.onnx`, `decode.onnx` and `rollout.json`; docs/export.md
-    tells what each takes. The pipeline stays as it is.
+    The folder has `step.onnx` and `commit.onnx` with their `weights.bin`, `encode.onnx`, `decode.onnx` and
+    `rollout.json`; docs/export.md tells what each takes. The pipeline stays as it is.
 
     Args:
         pipeline: on the CPU, or anywhere; a copy of it is exported.
@@ -61,6 +66,8 @@ def export_onnx(
             and the checkpoint's.
         context_schedule: what the context keeps: bounds alone, no sink frames. By default as many frames as
             the model was trained with.
+        starts: clips to begin a game with: frames `[T, H, W, 3]` uint8 of the model's size, and the actions
+            `[T, ...]` that led to them, or None.
 
     Returns:
         The folder.
@@ -93,11 +100,13 @@ def export_onnx(
         str(number): sampler_weights(rollout.scheduler, number, num_tokens, model.config.use_meanflow)
         for number in numbers
     }
+    scale = pipeline.vae_scale_factor
+    frame_size = size[0] * scale, size[1] * scale
+    check_starts(starts, frame_size, model.action_space)
     slots = max(1, ring)
     step, commit = (graph(model, slots, window, *size) for graph in (StepGraph, CommitGraph))
     latents = torch.zeros(1, channels, *size)
-    scale = pipeline.vae_scale_factor
-    pixels = torch.zeros(1, 3, *(side * scale for side in size))
+    pixels = torch.zeros(1, 3, *frame_size)
     ring_names = ["ring_keys", "ring_values"]
     window_names = ["window_keys", "window_values"] if window else []
     graphs: dict[str, tuple[nn.Module, dict[str, Any], list[str]]] = {
@@ -114,15 +123,21 @@ def export_onnx(
     with written_whole(output) as folder:
         folder.mkdir()
         tensors = {}
-        for name, (graph, inputs, outputs) in graphs.items():
-            quantized = dtype == "int8" and name in ("step", "commit")
-            tensors[name] = _write_graph(graph, inputs, outputs, folder / f"{name}.onnx", quantized)
+        with SharedWeights(folder / SHARED) as shared:
+            for name, (graph, inputs, outputs) in graphs.items():
+                is_rollout = name in ("step", "commit")
+                proto = _as_onnx(graph, inputs, outputs, quantized=is_rollout and dtype == "int8")
+                if is_rollout:
+                    shared.take(proto)
+                tensors[name] = _write_graph(proto, folder / f"{name}.onnx")
+                tensors[name]["weights"] = SHARED if is_rollout else None
+        written_starts = write_starts(pipeline, starts, folder)
         space = model.action_space
         config = {
             "version": VERSION,
             "dtype": dtype,
             "latent_shape": [channels, *size],
-            "frame_size": list(pixels.shape[2:]),
+            "frame_size": list(frame_size),
             "ring_frames": ring,
             "window_frames": window,
             "rope_frequencies": _rope_frequencies(model.config.axes_dims_rope[0], model.pos_embed.theta),
@@ -138,6 +153,8 @@ def export_onnx(
             "num_inference_steps": default_steps,
             "samplers": samplers,
             "graphs": tensors,
+            "starts": written_starts,
+            "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
         }
         (folder / "rollout.json").write_text(json.dumps(config, indent=1) + "\n")
     return output
@@ -230,10 +247,14 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def _write_graph(
-    graph: nn.Module, inputs: dict[str, Any], outputs: list[str], path: Path, quantized: bool
-) -> dict[str, Any]:
-    """Write a graph; its inputs and outputs by name, with dtype and shape."""
+def _checksum(path: Path) -> dict[str, Any]:
+    """By which a player knows a file that came incomplete, and an older one of the same name."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _as_onnx(graph: nn.Module, inputs: dict[str, Any], outputs: list[str], quantized: bool) -> Any:
+    """A graph as an `onnx.ModelProto`."""
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
@@ -252,6 +273,11 @@ def _write_graph(
     if quantized:
         with _quiet():
             proto = _quantize(proto)
+    return proto
+
+
+def _write_graph(proto: Any, path: Path) -> dict[str, Any]:
+    """Write a graph; its inputs and outputs by name, with dtype and shape."""
     import onnx
 
     onnx.save(proto, path)
@@ -291,6 +317,7 @@ def _fold(model: Any) -> None:
         common.DeduplicateInitializersPass(size_limit=FOLDED_SIZE),
         common.CommonSubexpressionEliminationPass(),
         common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),  # traces of the exporter: a megabyte per graph
     ):
         step(model)
 

@@ -14,7 +14,6 @@ import copy
 import json
 import logging
 import math
-import os
 import pickle
 import re
 import shutil
@@ -40,6 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
+from ..whole_files import bring_to_disk
 from . import sharded
 from .options import RunOptions
 
@@ -539,13 +539,11 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.accelerator.is_main_process:
-            for path in (*partial.rglob("*"), partial):
-                _sync(path)
+            bring_to_disk(partial)
             old = self.output_dir / f".{name}.being-replaced"
             if destination.exists():
                 destination.rename(old)
             partial.rename(destination)
-            _sync(self.output_dir)
             shutil.rmtree(old, ignore_errors=True)
 
     def _finish_replacements(self) -> None:
@@ -600,12 +598,3 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -76,7 +76,7 @@ class FARTrainer:
         self.run = Run("far", options, find_unused_parameters=True)
         videos = LatentVideos(Path(options.latents) / "train")
         self.pretrained = None if options.pretrained is None else find_pretrained(options.pretrained)
-        model, teacher, self.action_names = create_models(sizes, options, self.pretrained, videos)
+        model, teacher, self.action_names = self.create_models(sizes, videos)
         self.batches = self._batches(videos, model)
         self.validation_batches = self.samples = None
         self.sample_size: int | tuple[int, int] | None = None
@@ -105,6 +105,12 @@ class FARTrainer:
             self.objective = FlowMatching(self.model, clean_context, own_context, noisy_windows)
         else:
             self.objective = FlowMap(self.model, teacher.to(self.run.accelerator.device), own_context)
+
+    def create_models(
+        self, sizes: ModelOptions, videos: LatentVideos
+    ) -> tuple[FARTransformer3DModel, FARTransformer3DModel | None, ActionNames | None]:
+        """As [`create_models`] does; experiments change what comes out."""
+        return create_models(sizes, self.options, self.pretrained, videos)
 
     def _batches(
         self, videos: LatentVideos, model: FARTransformer3DModel, held_out_of: LatentVideos | None = None
