@@ -44,7 +44,6 @@ TESTS = (
     "tests/test_video_files.py",
     "tests/parity",
     "tests/training/test_objectives.py",
-    "tests/training/test_pretrained.py",
 )
 SLOW = "compile or constant_memory"  # in the names of tests
 
