@@ -90,7 +90,7 @@ def check(row: Row, folder: Path, tests: list[str]) -> Result:
     python = environment / "bin/python"
     pins = ["--resolution", "lowest-direct"] if row.oldest else ["--constraint", "constraints.txt"]
     if made.returncode == 0:
-        packages = ["--editable", ".[train,eval]", "pytest>=8", "pytest-xdist>=3.6"]
+        packages = ["--editable", ".[train,eval]", "pytest>=8", "pytest-timeout>=2.4", "pytest-xdist>=3.6"]
         made = uv("pip", "install", "--quiet", "--python", python, *pins, *packages)
     if made.returncode != 0:
         print(made.stderr, file=sys.stderr)
