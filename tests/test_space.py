@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Route, expect
 from diffusers_far import space
 from diffusers_far.cli import main
 from diffusers_far.export import ExportedRollout
-from diffusers_far.shipped import ANY_STEP_CHECKPOINT
+from diffusers_far.shipped import ANY_STEP_CHECKPOINT, EPISODES
 from tests.app_process import plain, running
 from tests.tiny_models import pipeline, transformer
 
@@ -239,8 +239,21 @@ def test_a_static_space_is_served(tiny: Path, page: Path, browser: Browser, tmp_
         expect(tab).to_have_title(f"float16, {size} bytes, isolated: true", timeout=30_000)
         tab.close()
         assert not errors
-    frame = ExportedRollout(folder / "model").step(1)
-    assert frame.shape == (64, 64, 3)
+    game = ExportedRollout(folder / "model")
+    assert game.step(1).shape == (64, 64, 3) and game.config["starts"] == []
+
+
+def test_a_static_space_of_any_model_takes_episodes(
+    tiny: Path, page: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Their actions are of another world, so the frames alone are given."""
+    folder, options = tmp_path / "game", ["--space", "static", "--page", page]
+    code, said = push(tiny, "me/game", *options, "--episodes", repository / EPISODES, "--dry-run", folder)
+    assert code == 0, said
+    game = ExportedRollout(folder / "model")
+    game.append_start(5)
+    assert (game.num_frames, len(game.config["starts"])) == (8, 6)
+    assert game.step(1).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(

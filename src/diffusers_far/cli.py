@@ -676,7 +676,7 @@ def info(checkpoint: str, variant: str | None) -> None:
 @click.option("--hardware", help="Of a gradio Space: cpu-basic (default), zero-a10g (ZeroGPU), t4-small, ...")
 @click.option(
     "--episodes",
-    help="Of a gradio Space: videofolder to start from. Default: the shipped one for shipped models.",
+    help="Of the Space: videofolder to start games from. Default: the shipped one for shipped models.",
 )
 @click.option("--dtype", type=click.Choice(EXPORT_DTYPES), help="Of a static Space; default: float16.")
 @click.option("--page", help="Of a static Space: the folder that `make web` made; default: web/dist.")

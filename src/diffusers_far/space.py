@@ -21,6 +21,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from .browser.starts import starts_for_export
 from .browser.static_page import ISOLATED, PAGE
 from .hub import MARKER, TAGS, told_in_our_words, visible_files
 from .loading import load_pipeline
@@ -63,8 +64,8 @@ def write_space(
         variant: of the checkpoint's weights, such as fp16.
         hardware: of a gradio Space, as `huggingface_hub.SpaceHardware` names it; by default cpu-basic. With
             zero-a10g the app asks ZeroGPU for a GPU while somebody plays.
-        episodes: split of a videofolder to start games from, in a gradio Space; by default the shipped one
-            for the shipped models, and none for others.
+        episodes: split of a videofolder to start games from; by default the shipped one for the shipped
+            models, and none for others. A static Space gets short clips of it.
         dtype: of the exported model in a static Space; by default float16.
         page: folder of the built page of a static Space; by default `web/dist` of a checkout.
 
@@ -77,9 +78,7 @@ def write_space(
     folder = Path(folder)
     if sdk not in SDKS:
         raise ValueError(f"--space: got {sdk}; it takes {' or '.join(SDKS)}")
-    foreign = (
-        {"hardware": hardware, "episodes": episodes} if sdk == "static" else {"dtype": dtype, "page": page}
-    )
+    foreign = {"hardware": hardware} if sdk == "static" else {"dtype": dtype, "page": page}
     for name, value in foreign.items():
         if value is not None:
             raise ValueError(f"--{name}: got {value}; a {sdk} Space takes none")
@@ -89,7 +88,7 @@ def write_space(
     page_folder = find_page(page) if sdk == "static" else None
     hardware = check_hardware(hardware)
     world = WORLDS.get(Path(checkpoint).name)
-    if sdk == "gradio" and world is not None:
+    if world is not None:
         episodes = episodes or EPISODES
     episodes_folder = None if episodes is None else find(episodes, "episodes")
     source = locate(checkpoint)
@@ -114,7 +113,9 @@ def write_space(
 
             shutil.copytree(page_folder, partial, dirs_exist_ok=True)
             shutil.rmtree(partial / "model", ignore_errors=True)  # of another, from trying the page
-            export_onnx(pipeline, partial / "model", dtype or "float16")
+            size, space = pipeline.default_size, pipeline.transformer.action_space
+            starts = starts_for_export(episodes_folder, size, space) if episodes_folder is not None else []
+            export_onnx(pipeline, partial / "model", dtype or "float16", starts=starts)
             card |= {"app_file": "index.html", "custom_headers": HEADERS}
         else:
             if episodes_folder is not None:

@@ -85,6 +85,20 @@ def test_reset_forgets_everything() -> None:
     assert plan.next_frame() == fresh.next_frame()
 
 
+def test_the_frames_that_are_kept_are_those_that_a_rewind_needs() -> None:
+    plan, kept = FramePlan(ring_frames=3, window_frames=2, max_rewind=4), set()
+    for count in (0, 0, 3, 0, 1, 4, 0) * 20:
+        count = min(count, plan.rewindable)
+        plan.rewind(count)
+        kept = {frame for frame in kept if frame < plan.num_frames}
+        for _ in range(2):
+            needed = {frame for call in plan.next_frame()[:-1] for frame in call.frames if frame >= 0}
+            assert needed <= kept
+            kept = {frame for frame in {*kept, plan.add_frame()} if frame >= plan.first_kept}
+        assert len(kept) <= 4 + 3 + 2
+    assert plan.num_frames > 100
+
+
 def test_rewind_keeps_what_the_ring_has_of_earlier_frames() -> None:
     plan = FramePlan(ring_frames=3, window_frames=2)
     for _ in range(8):

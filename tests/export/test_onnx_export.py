@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -119,13 +120,17 @@ def test_given_frames_and_pixels(kind: str, request: pytest.FixtureRequest) -> N
         assert tm.relative_error(pixels, (decoded / 2 + 0.5).clamp(0, 1)) < tm.TOLERANCE
 
 
-def test_a_game_is_the_same_after_reset_and_its_trace_is_json(base: Path) -> None:
+def test_a_game_is_the_same_after_reset_and_its_calls_are_json(base: Path) -> None:
     exported = ExportedRollout(base, SEED)
-    first = [exported.step_latents(1) for _ in range(3)]
-    trace = json.loads(json.dumps(exported.trace))
-    assert [call["graph"] for call in trace] == ["step", "commit", "step", "commit", "step"]
-    assert trace[-1]["frames"] == [2] and trace[-1]["ring_ages"][:3] == [2, 1, -1]
+    first, graphs = [], []
+    for _ in range(3):
+        first.append(exported.step_latents(1))
+        graphs += [call.graph for call in exported.calls]
+    assert graphs == ["step", "commit", "step", "commit", "step"]
+    last = json.loads(json.dumps([call.as_json() for call in exported.calls]))[-1]
+    assert last["frames"] == [2] and last["ring_ages"][:3] == [2, 1, -1]
     exported.reset()
+    assert not exported.calls
     assert all(np.array_equal(exported.step_latents(1), frame) for frame in first)
 
 
@@ -185,6 +190,43 @@ def test_rewind_goes_on_as_the_rollout_in_pytorch_does(long: Path, num_frames: i
     count = 30 - num_frames
     with pytest.raises(ValueError, match=f"num_frames={count + 1} must be 0 to {count}"):
         exported.rewind(count + 1)
+
+
+@pytest.mark.parametrize("kind", ["base", "long"])
+def test_a_long_game_keeps_the_memory_of_a_short_one(kind: str, request: pytest.FixtureRequest) -> None:
+    """Its frames are those of a game that forgets nothing, also after a rewind within the bound."""
+    folder = request.getfixturevalue(kind)
+    arguments: dict[str, Any] = {"seed": SEED, "num_inference_steps": 1, "num_threads": 1}
+    bounded = ExportedRollout(folder, max_rewind=5, **arguments)
+    whole = ExportedRollout(folder, max_rewind=1000, **arguments)
+    action: Any = 1 if kind == "base" else [1, 2]
+
+    def held(game: ExportedRollout) -> int:
+        state = {name: value for name, value in vars(game).items() if name not in ("_sessions", "config")}
+        return len(pickle.dumps(state))
+
+    sizes = []
+    for _ in range(60):
+        assert np.array_equal(bounded.step_latents(action), whole.step_latents(action))
+        sizes.append((held(bounded), held(whole)))
+    frame_bytes = bounded._latents[59].nbytes
+    assert sizes[59][0] - sizes[29][0] < frame_bytes / 10  # a few numbers take more digits
+    assert sizes[59][1] - sizes[29][1] > 30 * frame_bytes
+    branch = bounded.fork()
+    for game in (bounded, whole):
+        game.rewind(2)
+        game.rewind(3)
+    for _ in range(8):
+        assert np.array_equal(bounded.step_latents(action), whole.step_latents(action))
+    for game, count in ((bounded, 5), (branch, 5), (bounded.fork(), 5)):
+        with pytest.raises(ValueError, match=f"num_frames=6 must be 0 to 5: there are {game.num_frames} fr"):
+            game.rewind(6)
+        assert game.plan.rewindable == count
+    branch.rewind(5)
+    with pytest.raises(ValueError, match="num_frames=1 must be 0 to 0"):
+        branch.rewind(1)
+    bounded.reset()
+    assert np.array_equal(bounded.step_latents(action), whole._latents[0])
 
 
 def test_given_frames_after_a_rewind_are_a_new_window(long: Path) -> None:
@@ -259,6 +301,7 @@ def test_starts_are_frames_of_the_export(tmp_path: Path) -> None:
         ),
         ({"class_label": 1}, "class_label=1 must be None"),
         ({"flex_rope_slope": -1.0}, "flex_rope_slope=-1.0 must be 0 or more"),
+        ({"max_rewind": -1}, "max_rewind=-1 must be 0 or more"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(base: Path, arguments: dict[str, Any], message: str) -> None:

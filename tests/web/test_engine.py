@@ -23,6 +23,11 @@ def picture(reply: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(reply["picture"]), np.uint8).reshape(64, 64, 4)[..., :3]
 
 
+def calls_of(game: ExportedRollout) -> list[dict[str, Any]]:
+    """That made its last frame, as the worker tells them."""
+    return [call.as_json() for call in game.calls]
+
+
 def largest_difference(reply: dict[str, Any], frame: np.ndarray) -> float:
     """Levels of 255."""
     return float(np.abs(picture(reply) - frame * 255).max())
@@ -46,8 +51,7 @@ def test_a_game_with_rewind_and_branch_is_that_of_python(
             frame = exported.step(action)
             assert reply["number"] == exported.num_frames - 1
             assert largest_difference(reply, frame) < 0.51  # rounding to 8 bits
-            seen = [reply["number"] - age for age in exported.trace[-1]["ring_ages"] if age > 0]
-            assert reply["long"] == sorted(seen)
+            assert reply["calls"] == calls_of(exported)
 
     play([None, *(index * 5 % 6 for index in range(20))])
     play([1, 2], num_steps=1)
@@ -61,29 +65,37 @@ def test_a_game_with_rewind_and_branch_is_that_of_python(
     assert ask("back") == 29
     exported = branch
     play([5, 0])
-    assert ask("trace") == exported.trace
 
 
 def test_200_frames_are_those_of_python(
     page: Page, url: str, ask: Callable[..., Any], long_model: Path
 ) -> None:
-    """Many times round the ring, so that errors of either would add up."""
-    exported = ExportedRollout(long_model, SEED, num_inference_steps=1, num_threads=1)
+    """Many times round the ring, so that errors of either would add up, and far beyond what is kept."""
+    exported = ExportedRollout(long_model, SEED, num_inference_steps=1, num_threads=1, max_rewind=9)
     actions = [index * 7 % 11 % 6 for index in range(200)]
     page.goto(url + BLANK)
     ask("load", {"folder": url + "model/", "backend": "wasm"})
-    ask("begin", {"beginning": None, "settings": {"seed": SEED}})
+    ask("begin", {"beginning": None, "settings": {"seed": SEED, "maxRewind": 9}})
     play = f"""async (actions) => {{
         const ask = {ASK}, replies = [];
         for (const action of actions) replies.push(await ask(["step", {{ action, numSteps: 1 }}]));
-        return replies.filter((one) => one.number % 20 === 19);
+        return replies.map((one) => (one.number % 20 === 19 ? one : {{ ...one, picture: null }}));
     }}"""
-    frames = [exported.step(action) for action in actions]
+    frames, calls = [], []
+    for action in actions:
+        frames.append(exported.step(action))
+        calls.append(calls_of(exported))
     replies = page.evaluate(play, actions)
-    assert [reply["number"] for reply in replies] == list(range(19, 200, 20))
-    for reply in replies:
+    assert [reply["calls"] for reply in replies] == calls
+    for reply in replies[19::20]:
         assert largest_difference(reply, frames[reply["number"]]) < 0.51
-    assert ask("trace") == exported.trace
+    assert ask("rewind", 8) == 192
+    exported.rewind(8)
+    assert largest_difference(ask("step", {"action": 5, "numSteps": 1}), exported.step(5)) < 0.51
+    with pytest.raises(Exception, match="cannot go back 3 frames: 2 of 193 can be taken back"):
+        ask("rewind", 3)
+    with pytest.raises(ValueError, match="num_frames=3 must be 0 to 2: there are 193 frames"):
+        exported.rewind(3)
 
 
 def test_noise_is_that_of_python(page: Page, url: str, ask: Callable[..., Any]) -> None:
@@ -158,31 +170,74 @@ def test_actions_of_every_kind(
     assert found == [["step", row], ["commit", [*null, *null, *row]], ["step", null]]
 
 
+def test_a_long_game_keeps_the_memory_of_a_short_one(repository: Path, dist: Path) -> None:
+    """All that a game holds, counted by node: the same after 100 frames and after 200, but not before."""
+    inputs = [{"name": "ring_keys", "dtype": "float32", "shape": [2]}]
+    inputs += [{"name": name} for name in ("latents", "ring_ages")]
+    config = {
+        "latent_shape": [4],
+        "ring_frames": 3,
+        "window_frames": 2,
+        "rope_frequencies": [1],
+        "flex_rope_slope": 0,
+        "actions": None,
+        "num_inference_steps": 1,
+        "samplers": {"1": {"timesteps": [1000], "ends": [0], "weights": [[1, -1]]}},
+        "graphs": {"step": {"inputs": inputs}, "commit": {"inputs": inputs}},
+    }
+    code = """
+        import { ExportedRollout } from "./src/exported_rollout";
+        const run = async (graph, { latents }) => [latents.slice()];
+        const game = new ExportedRollout(given, run, { seed: 0, maxRewind: 10 });
+        function held(value) {
+            if (typeof value !== "object" || value === null || value === given) return 1;
+            if (ArrayBuffer.isView(value)) return value.buffer.byteLength;
+            const parts = value instanceof Map ? [...value.keys(), ...value.values()] : Object.values(value);
+            return parts.reduce((sum, one) => sum + held(one), 1);
+        }
+        (async () => {
+            const found = [];
+            for (let frame = 1; frame <= 200; frame++) {
+                await game.step(null);
+                if ([5, 100, 200].includes(frame)) found.push(held(game));
+            }
+            game.rewind(10);
+            await game.step(null);
+            let message = "";
+            try { game.rewind(2); } catch (error) { message = error.message; }
+            console.log(JSON.stringify([...found, message]));
+        })();"""
+    early, middle, late, message = run_in_node(repository, code, config)
+    assert early < middle == late
+    assert message == "cannot go back 2 frames: 1 of 191 can be taken back"
+
+
 def test_the_plan_of_every_kind_of_context_is_that_of_python(repository: Path, dist: Path) -> None:
     """Calls over random rewinds and given frames, by node."""
     rng, cases = np.random.default_rng(0), []
     for ring, window in ((0, 0), (3, 0), (7, 0), (0, 2), (1, 2), (5, 3)):
         for _ in range(5):
             moves = [["next", "add", "rewind"][i] for i in rng.choice(3, 60, p=[0.7, 0.2, 0.1])]
-            plan, steps, calls = FramePlan(ring, window), [], []
+            plan, steps, calls = FramePlan(ring, window, max_rewind=12), [], []
             for move in moves:
                 count = 0
                 if move == "next":
                     calls += [call.as_json() for call in plan.next_frame()]
                 if move == "rewind":
-                    count = int(rng.integers(0, plan.num_frames + 1))
+                    count = int(rng.integers(0, plan.rewindable + 1))
                     plan.rewind(count)
                 else:
                     plan.add_frame()
-                steps.append([move, count])
+                steps.append([move, count, plan.rewindable])
             cases.append({"ring": ring, "window": window, "steps": steps, "calls": calls})
     code = """
         import { FramePlan } from "./src/frame_plan";
         console.log(JSON.stringify(given.map(({ ring, window, steps }) => {
-            const plan = new FramePlan(ring, window), calls = [];
-            for (const [move, count] of steps) {
+            const plan = new FramePlan(ring, window, 12), calls = [];
+            for (const [move, count, rewindable] of steps) {
                 if (move === "next") calls.push(...plan.nextFrame());
                 move === "rewind" ? plan.rewind(count) : plan.addFrame();
+                if (plan.rewindable !== rewindable) throw new Error(`${plan.rewindable} !== ${rewindable}`);
             }
             return calls;
         })));"""

@@ -53,9 +53,9 @@ def pause(page: Page) -> int:
     return page.evaluate(SHOWN)
 
 
-def picture(page: Page) -> np.ndarray:
-    """Of the game: `[64, 64, 3]` uint8."""
-    url = page.evaluate("document.querySelector('#screen').toDataURL('image/png')")
+def picture(page: Page, canvas: str = "#screen") -> np.ndarray:
+    """Of the game, or another canvas: `[64, 64, 3]` uint8."""
+    url = page.evaluate("(canvas) => document.querySelector(canvas).toDataURL('image/png')", canvas)
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
 

@@ -37,6 +37,7 @@ export interface Settings {
   classLabel?: number | null;
   guidanceScale?: number; // 1: with the conditions, 0: without, else a mix
   flexRopeSlope?: number;
+  maxRewind?: number; // frames that can be taken back; latents of older ones are forgotten
 }
 
 export const product = (sizes: number[]) => sizes.reduce((a, b) => a * b, 1);
@@ -44,15 +45,15 @@ const ARRAYS = { float32: Float32Array, float16: Uint16Array, int32: Int32Array 
 
 export class ExportedRollout {
   plan: FramePlan;
-  trace: Call[] = [];
-  private latents: Float32Array[] = []; // of all frames: after a rewind, old ones are context again
-  private actions: Action[] = [];
+  calls: Call[] = []; // that made the last frame: commits, then the step
+  private latents = new Map<number, Float32Array>(); // of the frames from plan.firstKept on
+  private actions = new Map<number, Action>();
   private caches: Tensors[]; // keys and values, without conditions and with them where guidance needs both
   private readonly conditioned: boolean[];
   private readonly count: number;
 
   constructor(readonly config: Config, private readonly run: Run, readonly settings: Settings) {
-    this.plan = new FramePlan(config.ring_frames, config.window_frames);
+    this.plan = new FramePlan(config.ring_frames, config.window_frames, settings.maxRewind);
     this.count = product(config.latent_shape);
     const scale = settings.guidanceScale ?? 1;
     this.conditioned = scale === 0 || scale === 1 ? [scale !== 0] : [false, true];
@@ -68,15 +69,14 @@ export class ExportedRollout {
   /** Another video that goes on from here: calls replace keys and values, and never change them. */
   fork(): ExportedRollout {
     const branch: ExportedRollout = Object.create(ExportedRollout.prototype);
-    const own = { plan: this.plan.copy(), trace: [...this.trace], latents: [...this.latents] };
-    const caches = this.caches.map((cache) => ({ ...cache }));
-    return Object.assign(branch, this, own, { actions: [...this.actions], caches });
+    const own = { plan: this.plan.copy(), latents: new Map(this.latents), actions: new Map(this.actions) };
+    return Object.assign(branch, this, own, { caches: this.caches.map((cache) => ({ ...cache })) });
   }
 
   rewind(count: number): void {
-    if (!(count >= 0 && count <= this.numFrames)) throw new Error(`cannot go back ${count} of ${this.numFrames} frames`);
     this.plan.rewind(count);
-    this.latents.length = this.actions.length = this.numFrames;
+    for (const kept of [this.latents, this.actions])
+      for (const frame of kept.keys()) if (frame >= this.numFrames) kept.delete(frame);
   }
 
   /** Let a given frame follow: pixels [3, H, W] in [0, 1]. */
@@ -85,14 +85,16 @@ export class ExportedRollout {
   }
 
   appendLatents(latents: Float32Array, action: Action = null): void {
-    this.plan.addFrame();
-    this.latents.push(latents);
-    this.actions.push(action);
+    const frame = this.plan.addFrame();
+    this.latents.set(frame, latents);
+    this.actions.set(frame, action);
+    this.latents.delete(this.plan.firstKept - 1); // one comes, so at most one goes
+    this.actions.delete(this.plan.firstKept - 1);
   }
 
   /** Pixels [3, H, W] in [0, 1] of a frame. */
   async decode(frame: number): Promise<Float32Array> {
-    return (await this.run("decode", { latents: this.latents[frame] }))[0] as Float32Array;
+    return (await this.run("decode", { latents: this.latents.get(frame)! }))[0] as Float32Array;
   }
 
   /** Make the next frame with so many denoising steps; its latents. */
@@ -108,7 +110,7 @@ export class ExportedRollout {
         latents = noise.map((_, i) => weights.reduce((sum, weight, j) => sum + weight * known[j][i], 0));
       }
       if (!latents.every(Number.isFinite)) throw new Error(`frame ${this.numFrames} came out with infinite values`);
-      this.trace.push(...calls);
+      this.calls = calls;
       this.appendLatents(latents, action);
       return latents;
     } catch (error) {
@@ -120,9 +122,9 @@ export class ExportedRollout {
 
   private async commit(call: Call): Promise<void> {
     const latents = new Float32Array(call.frames.length * this.count);
-    call.frames.forEach((frame, i) => frame >= 0 && latents.set(this.latents[frame], i * this.count));
+    call.frames.forEach((frame, i) => frame >= 0 && latents.set(this.latents.get(frame)!, i * this.count));
     const inputs = { latents, frame_ages: Int32Array.from(call.frame_ages), slot: Int32Array.of(call.slot) };
-    const actions = call.frames.map((frame) => this.actions[frame] ?? null);
+    const actions = call.frames.map((frame) => this.actions.get(frame) ?? null);
     for (const [i, cache] of this.caches.entries()) {
       const results = await this.runFrames(call, inputs, actions, cache, this.conditioned[i]);
       this.caches[i] = Object.fromEntries(Object.keys(cache).map((name, j) => [name, results[j]]));

@@ -1,8 +1,9 @@
 // Which graph runs when, on which frames, into which slot: src/diffusers_far/export/frame_plan.py, line by line.
 
 export const MISSING = -1;
+export const MAX_REWIND = 1024;
 
-/** One run of a graph, as a line of a trace: numbers of frames, and ages counted back from the frame to make. */
+/** One run of a graph: numbers of frames, and ages counted back from the frame to make. */
 export interface Call {
   graph: "commit" | "step";
   frames: number[];
@@ -14,23 +15,35 @@ export interface Call {
 
 export class FramePlan {
   numFrames = 0;
+  firstKept = 0; // the oldest frame whose latents may be needed again
   slots: number[]; // number of the frame in each slot of the ring
   window: number[] | null = null; // frames of the window as it was computed last
 
-  constructor(readonly ringFrames: number, readonly windowFrames: number) {
+  constructor(readonly ringFrames: number, readonly windowFrames: number, readonly maxRewind = MAX_REWIND) {
     this.slots = Array(Math.max(1, ringFrames)).fill(MISSING);
   }
 
   copy(): FramePlan {
-    const copy = new FramePlan(this.ringFrames, this.windowFrames);
-    return Object.assign(copy, { numFrames: this.numFrames, slots: [...this.slots], window: this.window });
+    const copy = new FramePlan(this.ringFrames, this.windowFrames, this.maxRewind);
+    return Object.assign(copy, this, { slots: [...this.slots] });
   }
 
   addFrame(): number {
-    return this.numFrames++;
+    this.numFrames += 1;
+    const context = this.ringFrames + this.windowFrames;
+    this.firstKept = Math.max(this.firstKept, this.numFrames - this.maxRewind - context);
+    return this.numFrames - 1;
+  }
+
+  /** How many frames can be taken back: up to the first, or as far as the context is kept. */
+  get rewindable(): number {
+    const context = this.ringFrames + this.windowFrames;
+    return this.numFrames - (this.firstKept ? this.firstKept + context : 0);
   }
 
   rewind(count: number): void {
+    if (!(count >= 0 && count <= this.rewindable))
+      throw new Error(`cannot go back ${count} frames: ${this.rewindable} of ${this.numFrames} can be taken back`);
     this.numFrames -= count;
     this.slots = this.slots.map((frame) => (frame < this.numFrames ? frame : MISSING));
     if (this.window?.some((frame) => frame >= this.numFrames)) this.window = null;

@@ -94,6 +94,13 @@ function drawStrip(long: number[], short: number[]): void {
   strip.setAttribute("aria-label", `Pictures that the model remembers: ${short.length} in full, ${long.length} coarsely`);
 }
 
+/** Frames that the last call saw coarsely, and in full. */
+function seen({ calls, number }: Frame): [long: number[], short: number[]] {
+  const { ring_ages, window_ages } = calls[calls.length - 1];
+  const frames = (ages: number[]) => ages.filter((age) => age > 0).map((age) => number - age).sort((a, b) => a - b);
+  return config.window_frames ? [frames(ring_ages), frames(window_ages)] : [[], frames(ring_ages)];
+}
+
 const numSteps = () => Number(Object.keys(config.samplers)[Number(quality.value)]);
 
 async function begin(): Promise<void> {
@@ -126,7 +133,7 @@ async function step(): Promise<void> {
   await keep(frame.number, await createImageBitmap(new ImageData(frame.picture as ImageDataArray, width, height)));
   numFrames = frame.number + 1;
   show(frame.number);
-  drawStrip(frame.long, frame.short);
+  drawStrip(...seen(frame));
   find("#loading").hidden = true;
   arrivals = [...arrivals, performance.now()].slice(-20);
   const rate = (1000 * (arrivals.length - 1)) / (arrivals[arrivals.length - 1] - arrivals[0]) || 0;

@@ -2,6 +2,7 @@
 
 import type { Action, Config, Settings, Start } from "./exported_rollout";
 import { ExportedRollout } from "./exported_rollout";
+import type { Call } from "./frame_plan";
 import type { Backend } from "./graphs";
 import { Graphs } from "./graphs";
 import { seededNoise } from "./noise";
@@ -12,8 +13,7 @@ export interface Loaded { config: Config; folder: string; backend: Backend; thre
 export interface Frame {
   number: number;
   picture: Uint8ClampedArray; // [H, W, RGBA]
-  long: number[]; // frames that it saw coarsely,
-  short: number[]; // and in full
+  calls: Call[]; // that made it
   milliseconds: number;
   backend: Backend;
   note: string;
@@ -47,15 +47,12 @@ async function appendStart(rollout: ExportedRollout, start: Start): Promise<void
 async function step({ action, numSteps }: { action: Action; numSteps: number }): Promise<Frame> {
   const began = performance.now();
   await game.step(action, numSteps);
-  const { ring_ages, window_ages } = game.trace[game.trace.length - 1], number = game.numFrames - 1;
-  const seen = (ages: number[]) => ages.filter((age) => age > 0).map((age) => number - age).sort((a, b) => a - b);
-  const isLong = graphs.config.window_frames > 0;
+  const number = game.numFrames - 1;
   const picture = rgba(await game.decode(number), graphs.config.frame_size);
   return {
     number,
     picture,
-    long: isLong ? seen(ring_ages) : [],
-    short: isLong ? seen(window_ages) : seen(ring_ages),
+    calls: game.calls,
     milliseconds: performance.now() - began,
     backend: graphs.backend,
     note: graphs.note,
@@ -72,7 +69,6 @@ const functions: Record<string, (argument: any) => unknown> = {
   },
   mark: () => (branch = game.fork()).numFrames,
   back: () => (game = branch!.fork()).numFrames,
-  trace: () => game.trace,
   noise: ([seed, frame, count]: [number, number, number]) => seededNoise(seed, frame, count),
 };
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .frame_plan import MISSING, Call, FramePlan
+from .frame_plan import MAX_REWIND, MISSING, Call, FramePlan
 from .noise import seeded_noise
 
 Array = np.ndarray
@@ -25,6 +25,8 @@ class ExportedRollout:
         flex_rope_slope: temporal decay of FlexRoPE; by default the checkpoint's.
         rope_interpolation: ratio by which RoPE's frame positions are divided.
         num_threads: of ONNX Runtime; by default its own choice.
+        max_rewind: frames that `rewind` can take back. Latents of older ones are forgotten, so that a game
+            of any length takes the same memory.
 
     Raises:
         ValueError: for an argument that does not fit the exported model.
@@ -40,6 +42,7 @@ class ExportedRollout:
         flex_rope_slope: float | None = None,
         rope_interpolation: float = 1.0,
         num_threads: int | None = None,
+        max_rewind: int = MAX_REWIND,
     ) -> None:
         import onnxruntime
 
@@ -60,6 +63,8 @@ class ExportedRollout:
         slope = self.config["flex_rope_slope"] if flex_rope_slope is None else flex_rope_slope
         if slope < 0 or rope_interpolation <= 0:
             raise ValueError(f"{flex_rope_slope=} must be 0 or more, {rope_interpolation=} more than 0")
+        if max_rewind < 0:
+            raise ValueError(f"{max_rewind=} must be 0 or more")
         self.sampler = samplers[str(number)]
         self.seed = seed
         self.guidance_scale = guidance_scale
@@ -76,7 +81,7 @@ class ExportedRollout:
             )
             for name, graph in self.config["graphs"].items()
         }
-        self.plan = FramePlan(self.config["ring_frames"], self.config["window_frames"])
+        self.plan = FramePlan(self.config["ring_frames"], self.config["window_frames"], max_rewind)
         self.reset()
 
     @property
@@ -87,8 +92,8 @@ class ExportedRollout:
     def reset(self) -> None:
         """Go back to a video without frames. The noise of a frame is what it was."""
         self.plan.reset()
-        self.trace: list[dict[str, Any]] = []  # calls of the plan, as JSON
-        self._latents: dict[int, Array] = {}
+        self.calls: list[Call] = []  # that made the last frame: commits, then the step
+        self._latents: dict[int, Array] = {}  # of the frames from `plan.first_kept` on
         self._actions: dict[int, Array | None] = {}
         guided = self.guidance_scale not in (0, 1)
         # Guidance needs a sequence without conditions and one with them, each with its own keys and values.
@@ -116,10 +121,8 @@ class ExportedRollout:
         """Take back the last `num_frames` frames. The noise of those that follow is what it was.
 
         Raises:
-            ValueError: for more than there are.
+            ValueError: for more than there are, or than `max_rewind`.
         """
-        if not 0 <= num_frames <= self.num_frames:
-            raise ValueError(f"num_frames={num_frames} must be 0 to {self.num_frames}, the frames so far")
         self.plan.rewind(num_frames)
         for frame in [frame for frame in self._latents if frame >= self.num_frames]:
             del self._latents[frame], self._actions[frame]
@@ -127,7 +130,7 @@ class ExportedRollout:
     def fork(self) -> "ExportedRollout":
         """Another rollout that goes on from here. The two share the graphs, and nothing that changes."""
         branch = copy.copy(self)
-        branch.plan, branch.trace = copy.copy(self.plan), list(self.trace)
+        branch.plan = copy.copy(self.plan)
         branch._latents, branch._actions = dict(self._latents), dict(self._actions)
         branch._caches = [dict(cache) for cache in self._caches]
         return branch
@@ -169,8 +172,8 @@ class ExportedRollout:
         checked = self._checked_action(action)
         if noise is None:
             noise = seeded_noise(self.seed, self.num_frames, self.config["latent_shape"])
-        *commits, step = self.plan.next_frame()
-        self.trace += [call.as_json() for call in (*commits, step)]
+        self.calls = self.plan.next_frame()
+        *commits, step = self.calls
         for call in commits:
             self._commit(call)
         sampler = self.sampler
@@ -187,8 +190,9 @@ class ExportedRollout:
 
     def _add(self, latents: Array, action: Array | None) -> None:
         frame = self.plan.add_frame()
-        # All are kept: after `rewind`, old frames are context again. They are small beside keys and values.
         self._latents[frame], self._actions[frame] = latents, action
+        self._latents.pop(self.plan.first_kept - 1, None)  # one comes, so at most one goes
+        self._actions.pop(self.plan.first_kept - 1, None)
 
     def _commit(self, call: Call) -> None:
         none = np.zeros(self.config["latent_shape"], np.float32)

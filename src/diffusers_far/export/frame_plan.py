@@ -8,6 +8,7 @@ or place without a frame.
 from typing import Any, NamedTuple
 
 MISSING = -1
+MAX_REWIND = 1024
 
 
 class Call(NamedTuple):
@@ -32,7 +33,7 @@ class Call(NamedTuple):
     window_ages: tuple[int, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As a line of a trace."""
+        """As JSON has it: with lists."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in self._asdict().items()}
 
 
@@ -43,27 +44,47 @@ class FramePlan:
         ring_frames: frames that the ring of keys and values remembers: all of the context of a base model,
             the long-term ones of a Long model; 0 for none.
         window_frames: short-term frames of the context of a Long model; 0 for a base model.
+        max_rewind: frames that can be taken back. What older frames need is kept no more.
     """
 
-    def __init__(self, ring_frames: int, window_frames: int) -> None:
+    def __init__(self, ring_frames: int, window_frames: int, max_rewind: int = MAX_REWIND) -> None:
         self.ring_frames = ring_frames
         self.window_frames = window_frames
+        self.max_rewind = max_rewind
         self.num_slots = max(1, ring_frames)  # graphs have no empty inputs
         self.reset()
 
     def reset(self) -> None:
         """Forget all frames."""
         self.num_frames = 0
+        self.first_kept = 0  # the oldest frame whose latents may be needed again
         self.slots = [MISSING] * self.num_slots  # number of the frame in each slot of the ring
         self.window: tuple[int, ...] | None = None  # frames of the window as it was computed last
 
     def add_frame(self) -> int:
         """A frame is there now, made or given; its number."""
         self.num_frames += 1
+        context = self.ring_frames + self.window_frames
+        self.first_kept = max(self.first_kept, self.num_frames - self.max_rewind - context)
         return self.num_frames - 1
 
+    @property
+    def rewindable(self) -> int:
+        """How many frames can be taken back: up to the first, or as far as the context is kept."""
+        context = self.ring_frames + self.window_frames
+        return self.num_frames - (self.first_kept + context if self.first_kept else 0)
+
     def rewind(self, num_frames: int) -> None:
-        """Take back the last frames. What the ring has of earlier ones stays; `next_frame` plans the rest."""
+        """Take back the last frames. What the ring has of earlier ones stays; `next_frame` plans the rest.
+
+        Raises:
+            ValueError: for more than `rewindable`.
+        """
+        if not 0 <= num_frames <= self.rewindable:
+            raise ValueError(
+                f"num_frames={num_frames} must be 0 to {self.rewindable}: "
+                f"there are {self.num_frames} frames, and max_rewind={self.max_rewind}"
+            )
         self.num_frames -= num_frames
         self.slots = [frame if frame < self.num_frames else MISSING for frame in self.slots]
         if self.window is not None and any(frame >= self.num_frames for frame in self.window):
