@@ -335,9 +335,14 @@ class Kept:
                         "same, or another output"
                     )
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """Those that are there, by name."""
+        return self.content["results"]
+
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of this name."""
-        results = self.content["results"]
+        results = self.results
         if name not in results:
             results[name] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,9 +363,9 @@ def write_results(folder: Path, facts: dict[str, Any], markdown: str) -> None:
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, full: dict[str, Any], words: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, full: dict[str, Any], **small: Any
 ) -> argparse.Namespace:
-    """Arguments of an experiment with new models; `--full` changes what is not given to `full`."""
+    """Arguments of an experiment; what is not given is as in `small`, or with `--full` as in `full`."""
     parser.add_argument("latents", type=Path, help="encoded walks with splits train and validation")
     parser.add_argument("--autoencoder", type=Path, required=True, help="folder of the one that made them")
     parser.add_argument("--output", type=Path, required=True, help="folder; to go on, that of before")
@@ -369,9 +374,10 @@ def parse_arguments(
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a step")
     parser.add_argument("--measured-at-once", type=int, default=4, help="clips of a forward in measuring")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
-    if parser.parse_known_args(words)[0].full:
+    parser.set_defaults(**small)
+    if parser.parse_known_args()[0].full:
         parser.set_defaults(**full)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args()
     for name in ("batch_size", "measured_at_once", "walks"):
         if getattr(arguments, name) < 1:
             flag = f"--{name.replace('_', '-')}"
