@@ -8,16 +8,29 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from playwright.sync_api import sync_playwright
 
 from diffusers_far.browser.starts import starts_for_export
-from diffusers_far.browser.static_page import find_page, in_background, make_server
+from diffusers_far.browser.static_page import PageHandler, find_page, in_background, make_server
 from diffusers_far.export.kept_export import kept_export
 from diffusers_far.loading import load_pipeline
 from diffusers_far.shipped import EPISODES
+
+
+class CountingHandler(PageHandler):
+    """Counts the bytes of all files that a browser asks for."""
+
+    num_bytes = 0
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        CountingHandler.num_bytes += os.fstat(source.fileno()).st_size
+        super().copyfile(source, outputfile)
+
 
 SIZES = {"web_desktop.png": (1100, 780), "web_phone.png": (360, 740)}
 FRAME = "Number(document.body.dataset.frame)"
@@ -33,10 +46,12 @@ FRAME = "Number(document.body.dataset.frame)"
 def main(
     checkpoint: str, episodes: str, dtype: str, frames: int, steps: str, screenshots: Path | None
 ) -> None:
-    """A line of JSON per number of steps: seconds to the first new frame, then frames a second."""
+    """A line of JSON per number of steps: megabytes and seconds to the first new frame, frames a second."""
     pipe = load_pipeline(checkpoint, "cpu", "float32")
     starts = starts_for_export(Path(episodes), pipe.default_size, pipe.transformer.action_space)
-    server = make_server(find_page(), kept_export(pipe, dtype, starts), port=0)
+    folders = {"page": find_page(), "model": kept_export(pipe, dtype, starts)}
+    server = make_server(**folders, port=0)
+    server.RequestHandlerClass = partial(CountingHandler, **folders)
     url = in_background(server)
     given = len(starts[0][0]) if starts else 0
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -46,15 +61,17 @@ def main(
             context = browser.new_context()  # with an empty cache
             page = context.new_page()
             page.set_default_timeout(300_000)
+            CountingHandler.num_bytes = 0
             begin = time.perf_counter()
             page.goto(f"{url}?quality={number}")
             page.wait_for_function(f"{FRAME} >= {given}")
-            first = time.perf_counter()
+            first, loaded = time.perf_counter(), CountingHandler.num_bytes
             page.wait_for_function(f"{FRAME} >= {given + frames}")
             seconds = time.perf_counter() - first
             result = {
                 "dtype": dtype,
                 "steps": int(number),
+                "first_frame_megabytes": round(loaded / 1e6, 2),
                 "first_frame_seconds": round(first - begin, 2),
                 "frames_per_second": round(frames / seconds, 2),
                 "load_average": round(os.getloadavg()[0], 1),

@@ -579,6 +579,7 @@ def serve_static(checkpoint: str, episodes: str, dtype: str, host: str, port: in
 )
 @click.option("--dtype", type=click.Choice(EXPORT_DTYPES), default="float32", show_default=True)
 @click.option("--episodes", help="Videofolder to cut starts of games from; default: no starts.")
+@click.option("--packed", is_flag=True, help="Also compressed copies of the files, which the page loads.")
 @click.option("--height", type=int, help="Of the frames, in pixels; default: the checkpoint's.")
 @click.option("--width", type=int, help="As --height.")
 @click.option(
@@ -600,6 +601,7 @@ def export(
     max_short_frames: Any,
     max_long_frames: Any,
     num_inference_steps: tuple[int, ...],
+    packed: bool,
     **size: int | None,
 ) -> None:
     """Write CHECKPOINT, a folder or repo id, to the new folder OUTPUT as graphs that run without PyTorch.
@@ -622,7 +624,14 @@ def export(
         space = pipeline.transformer.action_space
         starts = starts_for_export(find(episodes, "episodes"), frame_size, space)
     export_onnx(
-        pipeline, output, dtype, num_inference_steps=steps, context_schedule=schedule, starts=starts, **size
+        pipeline,
+        output,
+        dtype,
+        num_inference_steps=steps,
+        context_schedule=schedule,
+        starts=starts,
+        packed=packed,
+        **size,
     )
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     click.echo(f"{output}: written, {format} in {dtype}, {megabytes:.1f} MB")

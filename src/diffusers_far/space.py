@@ -115,7 +115,7 @@ def write_space(
             shutil.rmtree(partial / "model", ignore_errors=True)  # of another, from trying the page
             size, space = pipeline.default_size, pipeline.transformer.action_space
             starts = starts_for_export(episodes_folder, size, space) if episodes_folder is not None else []
-            export_onnx(pipeline, partial / "model", dtype or "float16", starts=starts)
+            export_onnx(pipeline, partial / "model", dtype or "float16", starts=starts, packed=True)
             card |= {"app_file": "index.html", "custom_headers": HEADERS}
         else:
             if episodes_folder is not None:

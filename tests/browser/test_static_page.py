@@ -73,7 +73,8 @@ def test_a_page_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_export_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def export(pipeline: object, folder: Path, dtype: str, starts: object) -> None:
+    def export(pipeline: object, folder: Path, dtype: str, starts: object, packed: bool) -> None:
+        assert packed
         made.append(dtype)
         folder.mkdir(parents=True)
         (folder / "rollout.json").write_text("{}")

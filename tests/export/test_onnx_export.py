@@ -1,5 +1,6 @@
 """Exported graphs in ONNX Runtime against the rollout in PyTorch, from the same noise."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -142,6 +143,18 @@ def test_all_shapes_are_fixed(long: Path) -> None:
     for graph in config["graphs"].values():
         for one in (*graph["inputs"], *graph["outputs"]):
             assert one["shape"] and all(size > 0 for size in one["shape"]), one
+
+
+def test_packed_copies_are_the_files(tmp_path: Path) -> None:
+    pipe = tm.pipeline(tm.transformer(num_actions=4, num_layers=1), num_training_frames=4)
+    folder = export_onnx(pipe, tmp_path / "onnx", "float16", packed=True)
+    config = json.loads((folder / "rollout.json").read_text())
+    names = ["commit.onnx", "decode.onnx", "encode.onnx", "step.onnx", "weights.bin"]
+    assert sorted(config["files"]) == sorted([*names, *(f"{name}.packed" for name in names)])
+    for name in names:
+        packed = (folder / f"{name}.packed").read_bytes()
+        assert gzip.decompress(packed) == (folder / name).read_bytes()
+        assert config["files"][f"{name}.packed"]["bytes"] == len(packed) < config["files"][name]["bytes"]
 
 
 def test_step_and_commit_share_their_weights(base: Path) -> None:

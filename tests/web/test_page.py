@@ -142,8 +142,11 @@ def test_pictures_and_videos_of_the_visitor(page: Page, url: str, long_model: Pa
     Image.fromarray(np.broadcast_to(rows, (80, 160, 3))).save(tmp_path / "own.png")
     grays = np.linspace(0.1, 0.9, 30)[:, None, None, None]
     save_video(np.broadcast_to(grays, (30, 96, 64, 3)), tmp_path / "own.webm", 10)
+    loaded: list[str] = []
+    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
     page.goto(url)
     wait_for_frame(page, 6)
+    assert "decode.onnx" in loaded and "encode.onnx" not in loaded  # nobody has brought a picture yet
     for kind, name, count in (("picture", "own.png", 1), ("video", "own.webm", 16)):
         page.set_input_files(f"#{kind}", tmp_path / name)
         page.wait_for_function(f"sent.some((one) => one.argument?.beginning?.pictures?.length === {count})")
@@ -161,6 +164,7 @@ def test_pictures_and_videos_of_the_visitor(page: Page, url: str, long_model: Pa
         else:
             assert np.abs(given[..., :3].mean(axis=(1, 2, 3)) / 255 - grays[-16:].ravel()).max() < 0.06
         assert np.abs(picture(page) - in_python(page, long_model)[0]).max() < 0.51
+    assert "encode.onnx" in loaded
     (tmp_path / "broken.png").write_text("no picture")
     page.set_input_files("#picture", tmp_path / "broken.png")
     expect(page.locator("#error")).to_have_text("broken.png cannot be read as a picture.")

@@ -41,6 +41,8 @@ def test_visitors_begin_with_real_frames(page: Page, dist: Path, checkpoint: Pat
     assert len(config["starts"]) == 6
     assert all(start["num_frames"] == 8 and start["actions"] for start in config["starts"])
     page.add_init_script(LISTEN)
+    loaded: list[str] = []
+    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
     with plain_server(space, PlainHandler) as url:
         page.goto(url)
         page.wait_for_function("crossOriginIsolated", timeout=PATIENCE)
@@ -48,6 +50,8 @@ def test_visitors_begin_with_real_frames(page: Page, dist: Path, checkpoint: Pat
         begins = "sent.filter((one) => one.name === 'begin').map((one) => one.argument.beginning)"
         assert page.evaluate(begins) == [{"start": 0}]
         expect(page.get_by_role("button", name="Real picture")).to_have_count(6)
+        packed = {"commit.onnx.packed", "decode.onnx.packed", "step.onnx.packed", "weights.bin.packed"}
+        assert packed == {name for name in loaded if name.endswith((".packed", ".onnx")) or "weights" in name}
         pause(page)
         difference = np.abs(picture(page) - in_python(page, space / "model")[0]).max()
         assert difference < 2  # float16: what adds in another order rounds otherwise

@@ -7,6 +7,7 @@ import type { Expected } from "./files";
 import { loadFile, loadJson, unzipped } from "./files";
 
 export type Backend = "webgpu" | "wasm";
+const PACKED = ".packed"; // what a file's compressed copy ends with
 /** How the build calls ONNX Runtime's files, see build.mjs. */
 declare const RUNTIMES: Record<Backend, { module: string; wasm: string; file: Expected }>;
 
@@ -49,14 +50,17 @@ export class Graphs {
     }
   }
 
-  file(name: string, tell: (bytes: number) => void = () => undefined): Promise<Uint8Array> {
-    return loadFile(this.folder + name, this.config.files[name], tell);
+  /** A file of the export, from its compressed copy where there is one. */
+  async file(name: string, tell: (bytes: number) => void = () => undefined): Promise<Uint8Array> {
+    const { files } = this.config, packed = name + PACKED;
+    if (!files[packed]) return loadFile(this.folder + name, files[name], tell);
+    return new Uint8Array(await unzipped(await loadFile(this.folder + packed, files[packed], tell)));
   }
 
   private async open(): Promise<void> {
     const { module, wasm, file } = RUNTIMES[this.backend], { graphs, files } = this.config;
     const names = [graphs.step.file, graphs.commit.file, graphs.decode.file, graphs.step.weights!];
-    const total = names.reduce((sum, name) => sum + files[name].bytes, file.bytes);
+    const total = names.reduce((sum, name) => sum + (files[name + PACKED] ?? files[name]).bytes, file.bytes);
     let loaded = 0;
     const tell = (bytes: number) => this.tell((loaded += bytes), total);
     const [binary, ...data] = await Promise.all([

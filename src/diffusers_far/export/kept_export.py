@@ -9,13 +9,13 @@ from huggingface_hub.constants import HF_HOME
 
 from ..pipeline_far_video import FARVideoPipeline
 from .exported_starts import Clip
-from .onnx_export import VERSION, export_onnx
+from .onnx_export import PACKED, VERSION, export_onnx
 
 
 def kept_export(
     pipeline: FARVideoPipeline, dtype: str, starts: Sequence[Clip] = (), cache: Path | None = None
 ) -> Path:
-    """The folder of an export, made unless the cache has it.
+    """The folder of an export with compressed copies, made unless the cache has it.
 
     Args:
         pipeline, dtype, starts: as of `export_onnx`.
@@ -27,7 +27,7 @@ def kept_export(
     cache = Path(HF_HOME) / "diffusers-far" / "exports" if cache is None else cache
     folder = cache / _fingerprint(pipeline, dtype, starts)
     if not (folder / "rollout.json").is_file():
-        export_onnx(pipeline, folder, dtype, starts=starts)
+        export_onnx(pipeline, folder, dtype, starts=starts, packed=True)
     return folder
 
 
@@ -35,7 +35,7 @@ def _fingerprint(pipeline: FARVideoPipeline, dtype: str, starts: Sequence[Clip])
     """A name that changes with all that an export has."""
     configs = [pipeline.config, *(part.config for part in pipeline.components.values())]
     actions = [actions for _, actions in starts]
-    known = hashlib.sha256(json.dumps([VERSION, dtype, configs, actions], default=str).encode())
+    known = hashlib.sha256(json.dumps([VERSION, PACKED, dtype, configs, actions], default=str).encode())
     for model in (pipeline.transformer, pipeline.vae):
         for name, tensor in model.state_dict().items():
             known.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())

@@ -1,6 +1,7 @@
 """export_onnx: a pipeline as ONNX graphs with fixed shapes, and the numbers that a rollout of them takes."""
 
 import copy
+import gzip
 import hashlib
 import json
 import logging
@@ -38,6 +39,7 @@ NUMBERS_OF_STEPS = (1, 2, 4, 8)  # besides the checkpoint's own
 FOLDED_SIZE = 2**30  # numbers of the largest tensor that is computed at the export
 INT8_BLOCK = 32  # weights that share a scale
 SHARED = "weights.bin"  # what step and commit have in common, and all else that is large in them
+PACKED = ".packed"  # not .gz: some servers would have the browser unpack that
 
 
 def export_onnx(
@@ -50,6 +52,7 @@ def export_onnx(
     num_inference_steps: Sequence[int] | None = None,
     context_schedule: ContextSchedule | None = None,
     starts: Sequence[Clip] = (),
+    packed: bool = False,
 ) -> Path:
     """Write a pipeline as a folder of ONNX graphs, which `ExportedRollout` and other languages run.
 
@@ -68,6 +71,8 @@ def export_onnx(
             the model was trained with.
         starts: clips to begin a game with: frames `[T, H, W, 3]` uint8 of the model's size, and the actions
             `[T, ...]` that led to them, or None.
+        packed: also write each graph and its weights compressed by gzip, as "step.onnx.packed" and so on:
+            what the page of web/ loads where it is there, as it is smaller.
 
     Returns:
         The folder.
@@ -131,6 +136,9 @@ def export_onnx(
                     shared.take(proto)
                 tensors[name] = _write_graph(proto, folder / f"{name}.onnx")
                 tensors[name]["weights"] = SHARED if is_rollout else None
+        for path in sorted(folder.iterdir()) if packed else ():
+            data = gzip.compress(path.read_bytes(), mtime=0)  # the same bytes for the same model
+            (folder / f"{path.name}{PACKED}").write_bytes(data)
         written_starts = write_starts(pipeline, starts, folder)
         space = model.action_space
         config = {
