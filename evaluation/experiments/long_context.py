@@ -83,9 +83,8 @@ def options_of(name: str, arguments: argparse.Namespace) -> FAROptions:
         "own_context_probability": 0.3,
         **(NEW_MODEL if arguments.checkpoint is None else CHANGED_MODEL),
     }
-    if name == "full":  # its clips are all of the longest length: a part of a batch at a time
-        size = max(1, arguments.batch_size // 4)
-        changes |= {"batch_size": size, "gradient_accumulation_steps": arguments.batch_size // size}
+    if name == "full":  # clips of the longest length, all frames of which it learns to predict
+        changes |= {"batch_size": max(1, arguments.batch_size // 4)}
     else:
         changes |= {"length_distribution": "log_uniform", "revisit_probability": 0.5}
         changes |= {"noisy_window_probability": 0.35}
