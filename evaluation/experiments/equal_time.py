@@ -394,8 +394,8 @@ def parse_arguments(
     if parser.parse_known_args()[0].full:
         parser.set_defaults(**full)
     arguments = parser.parse_args()
-    for name in ("batch_size", "measured_at_once", "walks"):
-        if getattr(arguments, name) < 1:
+    for name in ("batch_size", "measured_at_once", "walks", "ends", "marks"):
+        if getattr(arguments, name, 1) < 1:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} {getattr(arguments, name)}: it takes 1 or more")
     if arguments.minutes <= 0:
