@@ -102,23 +102,34 @@ def processor() -> Any:
     return FARAttnProcessor() if torch.accelerator.is_available() else MatmulAttnProcessor()
 
 
-def new_model(videos: LatentVideos, sizes: ModelOptions, seed: int = 0) -> FARTransformer3DModel:
-    """A model for the frames and actions of some videos, from nothing."""
+def new_model(videos: LatentVideos, sizes: ModelOptions, **changes: Any) -> FARTransformer3DModel:
+    """A model for the frames and actions of some videos, from nothing.
+
+    Args:
+        changes: of its configuration.
+    """
     known = [values for values in videos.actions if values is not None]
     conditions = action_options(known) if len(known) == len(videos) else {}
-    torch.manual_seed(seed)
-    options = asdict(sizes) | {"in_channels": videos.frame_shape[0]} | conditions
+    torch.manual_seed(RECIPE["seed"])
+    options = asdict(sizes) | {"in_channels": videos.frame_shape[0]} | conditions | changes
     model = FARTransformer3DModel(**options)
     model.set_attn_processor(processor())
     return model
 
 
 def with_changes(checkpoint: FARTransformer3DModel, changes: dict[str, Any]) -> FARTransformer3DModel:
-    """A copy with another window, or other patches of long-term frames that start as means of short ones."""
+    """A copy with another window, or other long-term frames.
+
+    Other patches of these start as means of short-term ones; without any (`long_patch_size` None), what is of
+    them goes.
+    """
     if "long_patch_size" not in changes:
         return change_model(checkpoint, Change(changes))
     model = FARTransformer3DModel.from_config(checkpoint.config, **changes)
     patch, weights = model.config.patch_size, dict(checkpoint.state_dict())
+    if not model.is_long:
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        return model
     ratio = model.config.long_patch_size // patch
     weights["context_embedder.weight"] = mean_of_tokens(weights["x_embedder.weight"], patch, ratio)
     weights["context_embedder.bias"] = weights["x_embedder.bias"]
@@ -135,7 +146,7 @@ def now(device: torch.device) -> float:
 
 
 def seconds_per_step(make_trainer: Callable[[FAROptions], Trainer], options: FAROptions) -> float:
-    """Over the first batches."""
+    """Of one batch, over the first ones."""
     trainer = make_trainer(options)
     device = trainer.run.accelerator.device
     trainer.step(0)  # warms up
@@ -157,7 +168,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     if not plan.exists():
-        seconds = seconds_per_step(make_trainer, options)
+        seconds = seconds_per_step(make_trainer, options) * options.gradient_accumulation_steps
         with written_whole(plan) as unfinished:
             number = max(1, round(minutes * 60 / seconds))
             unfinished.write_text(json.dumps({"steps": number, "seconds_per_step": round(seconds, 3)}))
@@ -235,6 +246,16 @@ class Targets:
         return {"walks": self.walks, "frames": self.frames, "revisits": self.revisits}
 
 
+def next_frame_losses(learner: nn.Module, targets: Targets, chosen: list[int]) -> dict[str, list[float]]:
+    """Losses of some targets, mean of `LEVELS`, by context: `next_<observed frames>`."""
+    values = {}
+    for num_observed in targets.contexts:
+        clips, noise = targets.clips(chosen, num_observed), targets.noise[chosen, -1:]
+        by_level = [window_loss(learner, *clips, noise, level) for level in LEVELS]
+        values[f"next_{num_observed}"] = torch.stack(by_level).mean(dim=0).tolist()
+    return values
+
+
 def measure(learner: nn.Module, targets: Targets, batch_size: int) -> dict[str, list[float]]:
     """Losses of all targets, in the order of `targets`."""
     found: dict[str, list[float]] = {}
@@ -242,12 +263,7 @@ def measure(learner: nn.Module, targets: Targets, batch_size: int) -> dict[str, 
     window = contexts[-1] + 1  # of the checkpoint
     for begin in range(0, len(targets.frames), batch_size):
         chosen = list(range(begin, min(begin + batch_size, len(targets.frames))))
-        noise = targets.noise[chosen]
-        values: dict[str, list[float]] = {}
-        for num_observed in contexts:
-            latents, actions = targets.clips(chosen, num_observed)
-            by_level = [window_loss(learner, latents, actions, noise[:, -1:], level) for level in LEVELS]
-            values[f"next_{num_observed}"] = torch.stack(by_level).mean(dim=0).tolist()
+        values, noise = next_frame_losses(learner, targets, chosen), targets.noise[chosen]
         latents, actions = targets.clips(chosen, contexts[0])
         generator = torch.Generator().manual_seed(begin)
         shuffled = change_long_frames(latents, actions, latents.shape[1] - window, "shuffled", generator)
@@ -378,8 +394,8 @@ def parse_arguments(
     if parser.parse_known_args()[0].full:
         parser.set_defaults(**full)
     arguments = parser.parse_args()
-    for name in ("batch_size", "measured_at_once", "walks"):
-        if getattr(arguments, name) < 1:
+    for name in ("batch_size", "measured_at_once", "walks", "ends", "marks"):
+        if getattr(arguments, name, 1) < 1:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} {getattr(arguments, name)}: it takes 1 or more")
     if arguments.minutes <= 0:

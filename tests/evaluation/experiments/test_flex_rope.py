@@ -51,7 +51,7 @@ def test_both_models_are_trained_and_every_way_is_measured_once(
     # A sliding window, and its loss, do not depend on what is before it.
     assert newest["loss"]["mean"] == pytest.approx(rows[4, "newest"]["loss"]["mean"], rel=1e-5)
     text = (output / "results.md").read_text()
-    assert text.count("| 8 | ") == len(WAYS) and "after 8 frames" in text
+    assert text.count("\n| 8 | ") == len(WAYS) and "after 8 frames" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     before = (output / "measured.json").read_text()
