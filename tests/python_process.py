@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +93,9 @@ class PythonProcess:
             time.sleep(0.005)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
+        """If it still runs."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         if self.returncode is None:

@@ -218,6 +218,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.set(title=title, xlabel="frame of the rollout")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         for row in rows:
             found = [row[f"{name}_{ahead}"] for ahead in AHEAD]
             values = [value["mean"] if isinstance(value, dict) else value for value in found]

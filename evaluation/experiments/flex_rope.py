@@ -369,6 +369,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (measure, title) in zip(axes, titles.items(), strict=True):
         axis.set(title=title, xlabel="observed frames")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         for color, name in zip(colors, names, strict=True):
             points = [(row["observed"], row[measure]["mean"]) for row in rows if row["way"] == name]
             style = "--" if name.startswith("ALiBi") else "-"
