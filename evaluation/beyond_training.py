@@ -65,10 +65,21 @@ class Way(NamedTuple):
     is_riflex: bool = False
 
 
-def ways(num_frames: int, window: int, trained: int, slopes: list[float]) -> Iterator[Way]:
-    """All ways to show `num_frames` frames, the window included, to a model trained with `trained`."""
+def squeezed(distance: Tensor, trained: int, num_frames: int) -> Tensor:
+    """Distances in time up to `num_frames`, of which those over half of `trained` end below `trained`."""
+    half = trained / 2
+    return torch.where(distance > half, half + (distance - half) * half / (num_frames - half), distance)
+
+
+def ways(num_frames: int, window: int | None, trained: int, slopes: list[float]) -> Iterator[Way]:
+    """All ways to show `num_frames` frames, the window included, to a model trained with `trained`.
+
+    Args:
+        window: of a Long model; None for a base model, whose window is what it was trained with.
+    """
     places = torch.arange(num_frames)
-    yield Way("window", places[-window:], places[-window:])
+    if window is not None:
+        yield Way("window", places[-window:], places[-window:])
     newest = places[-trained:]
     yield Way("newest", newest, newest)
     if num_frames <= trained:
@@ -81,9 +92,8 @@ def ways(num_frames: int, window: int, trained: int, slopes: list[float]) -> Ite
         yield Way(f"slope {slope:g}", places, places, flex_rope_slope=slope / trained)
     yield Way("interpolated", places, places, rope_interpolation=num_frames / trained)
     yield Way("RIFLEx", places, places, is_riflex=True)
-    half, distance = trained / 2, (num_frames - 1 - places).float()
-    squeezed = half + (distance - half) * half / (num_frames - half)
-    yield Way("re-indexed", places, num_frames - 1 - torch.where(distance > half, squeezed, distance))
+    distance = squeezed((num_frames - 1 - places).float(), trained, num_frames)
+    yield Way("re-indexed", places, num_frames - 1 - distance)
 
 
 class LoweredFrequency(nn.Module):
@@ -114,10 +124,12 @@ class LoweredFrequency(nn.Module):
 
 
 @contextmanager
-def frequency_for(model: FARTransformer3DModel, way: Way, trained: int, num_frames: int) -> Iterator[None]:
-    """The model with RIFLEx's frequency, where the way has it."""
+def frequency_for(
+    model: FARTransformer3DModel, is_riflex: bool, trained: int, num_frames: int
+) -> Iterator[None]:
+    """The model with RIFLEx's frequency, where that is wanted."""
     own = model.pos_embed
-    if way.is_riflex:
+    if is_riflex:
         model.pos_embed = LoweredFrequency(own, model.config.axes_dims_rope[0], trained, num_frames)
     try:
         yield
@@ -133,13 +145,13 @@ def way_loss(
     Args:
         noise: `[N, window, C, h, w]`.
     """
-    with frequency_for(model, way, trained, latents.shape[1]):
+    with frequency_for(model, way.is_riflex, trained, latents.shape[1]):
         return window_loss(
             model,
             latents[:, way.kept],
             actions[:, way.kept],
             noise,
-            frame_positions=way.positions,
+            frame_positions=way.positions.to(model.device),
             flex_rope_slope=way.flex_rope_slope,
             rope_interpolation=way.rope_interpolation,
         )
@@ -184,6 +196,21 @@ def measure_losses(
             yield row | {"by_clip": [round(value, 4) for value in by_clip.tolist()]}
 
 
+def call_arguments(num_frames: int, trained: int, slopes: list[float]) -> dict[str, dict[str, Any]]:
+    """What a pipeline is called with, by name of the way, for a video of `num_frames` frames in the end."""
+    unbounded = ContextSchedule.unbounded()
+    return {
+        "newest": {},
+        "sinks": {"context_schedule": ContextSchedule(num_sink_frames=NUM_SINKS)},
+        "all": {"context_schedule": unbounded},
+        **{
+            f"slope {slope:g}": {"context_schedule": unbounded, "flex_rope_slope": slope / trained}
+            for slope in slopes
+        },
+        "interpolated": {"context_schedule": unbounded, "rope_interpolation": num_frames / trained},
+    }
+
+
 def measure_predictions(
     pipeline: FARVideoPipeline,
     frames: Tensor,
@@ -195,17 +222,9 @@ def measure_predictions(
     """Rows by way, but for those in `done`: the last frames of every episode after the longest context."""
     measure, trained = Measure(pipeline, options.batch_size), pipeline.config.num_training_frames
     length = max(options.lengths)
-    unbounded = ContextSchedule.unbounded()
-    settings: dict[str, dict[str, Any]] = {
+    settings = {
         "window": {"context_schedule": ContextSchedule(max_long_frames=0)},
-        "newest": {},
-        "sinks": {"context_schedule": ContextSchedule(num_sink_frames=NUM_SINKS)},
-        "all": {"context_schedule": unbounded},
-        **{
-            f"slope {slope:g}": {"context_schedule": unbounded, "flex_rope_slope": slope / trained}
-            for slope in options.slopes
-        },
-        "interpolated": {"context_schedule": unbounded, "rope_interpolation": length / trained},
+        **call_arguments(length, trained, options.slopes),
     }
     truth = frames[:, -TARGETS:].float() / 255
     for name, arguments in settings.items():

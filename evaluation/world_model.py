@@ -71,7 +71,8 @@ def encode(pipeline: FARVideoPipeline, video: Tensor, batch_size: int) -> Tensor
 @torch.no_grad()
 def decode(pipeline: FARVideoPipeline, latents: Tensor, batch_size: int) -> Tensor:
     """Frames `[N, T, 3, H, W]` in [0, 1] of latents `[N, T, C, h, w]`."""
-    frames = [pipeline.decode_latents(chunk) for chunk in latents.flatten(0, 1).split(batch_size)]
+    chunks = latents.flatten(0, 1).to(pipeline.device).split(batch_size)
+    frames = [pipeline.decode_latents(chunk).cpu() for chunk in chunks]
     return (torch.cat(frames) / 2 + 0.5).clamp(0, 1).unflatten(0, latents.shape[:2])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ os.environ["GRADIO_TEMP_DIR"] = _gradio_files.name
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+# A shell's background job ignores Ctrl-C, and so do its children, the programs under test among them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

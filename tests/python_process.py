@@ -1,8 +1,9 @@
-"""Python processes that begin with PyTorch and diffusers imported.
+"""Python processes that begin with imports done, as these take longer than most of what tests run.
 
 Each is a process of its own, with its folder, environment, output, exit code and signals. It is forked from
-one that has done the imports, which take longer than most of what tests run. What has to begin from nothing,
-as a command does for a user, or reads its environment at import, is a `subprocess`.
+one that has imported all that commands need, or PyTorch alone: for programs whose own imports are tested, or
+that import what reads the environment then, such as huggingface_hub. A `subprocess` is for what PyTorch reads
+itself, what begins from nothing, as a command does for a user, and what runs at the interpreter's exit.
 """
 
 import multiprocessing
@@ -14,20 +15,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
-_CONTEXT: Any = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
+_IMPORTED = {
+    "all": [
         "diffusers_far.cli",
         "diffusers_far.lpips",
         "diffusers_far.training.pretrained",
         "diffusers_far.training.sharded",
         "diffusers_far.training.sources",
         "diffusers_far.training.validation_samples",
-    ]
-)
+    ],
+    "torch": ["torch", "torch._dynamo"],
+}
+_SERVERS = {name: forkserver.ForkServer() for name in _IMPORTED}
+for _name, _modules in _IMPORTED.items():
+    _SERVERS[_name].set_forkserver_preload(_modules)
 
 
 class PythonProcess:
@@ -37,18 +43,27 @@ class PythonProcess:
         command: `-m MODULE`, `-c CODE` or a file, and the arguments of it.
         cwd: folder to run in.
         env: environment; by default that of the test.
+        imported: what is imported already.
     """
 
     def __init__(
-        self, command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        imported: Literal["all", "torch"] = "all",
     ) -> None:
         self.args = [sys.executable, *command]
         self._files = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._files.name, name) for name in ("stdout", "stderr")]
         environment = dict(os.environ if env is None else env)
         arguments = (list(command), str(cwd or Path.cwd()), environment, [*map(str, self._outputs)])
-        self._process = _CONTEXT.Process(target=_run, args=arguments)
-        self._process.start()
+        context: Any = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_run, args=arguments)
+        # The library knows one server.
+        connect = _SERVERS[imported].connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            self._process.start()
 
     @property
     def returncode(self) -> int | None:
@@ -89,9 +104,10 @@ def run_python(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
+    imported: Literal["all", "torch"] = "all",
 ) -> subprocess.CompletedProcess[str]:
     """`python COMMAND` to its end, as `subprocess.run` gives it."""
-    process = PythonProcess(command, cwd, env)
+    process = PythonProcess(command, cwd, env, imported)
     try:
         stdout, stderr = process.communicate(timeout)
     finally:
@@ -105,6 +121,7 @@ def _run(command: list[str], folder: str, environment: dict[str, str], outputs: 
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
+    tempfile.tempdir = None  # it is found anew, as TMPDIR may be another
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, path in enumerate(outputs, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

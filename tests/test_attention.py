@@ -1,8 +1,6 @@
 """Attention backends of diffusers: the one that is set computes all attention, or is refused."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from torch import Tensor
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline, attention
+from tests.python_process import run_python
 from tests.tiny_models import TOLERANCE, latents, long_transformer, pipeline, relative_error, transformer
 
 REGISTRY = attention_dispatch._AttentionBackendRegistry
@@ -96,9 +95,7 @@ def test_the_environment_sets_the_backend() -> None:
         "transformer()(latents(1, 1), torch.full((1, 1), 500.0))\n"
     )
     environment = os.environ | {"DIFFUSERS_ATTN_BACKEND": MATH.value}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python(["-c", program], env=environment, imported="torch")
     assert done.returncode == 0, done.stderr
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_far import ContextSchedule, FARVideoPipeline, cli
 from diffusers_far.video_files import VideoFile, VideoWriter, read_video, save_video
+from tests.python_process import run_python
 from tests.tiny_models import long_transformer, pipeline, transformer
 
 COMMANDS = ["continue", "convert", "demo", "export", "generate", "info", "play", "push"]
@@ -180,7 +181,7 @@ def test_a_full_disk(checkpoint: str, video: str, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); main(sys.argv[1:])"
     )
     options = ["continue", video, "--checkpoint", checkpoint, "--output", str(output)]
-    run = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120)
+    run = run_python(["-c", code, *options])
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("Error: ")
     assert output.read_bytes() == b"mine"
@@ -300,8 +301,7 @@ def test_the_newest_frames_are_those_that_the_model_sees(tmp_path: Path) -> None
 
 def test_progress_in_a_log_is_short(checkpoint: str, tmp_path: Path) -> None:
     options = ["--checkpoint", checkpoint, "--num-frames", "40", "--output", str(tmp_path / "far.mp4")]
-    command = [sys.executable, "-m", "diffusers_far.cli", "generate", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python(["-m", "diffusers_far.cli", "generate", *options])
     assert done.returncode == 0, done.stderr
     lines = [line for line in (done.stdout + done.stderr).replace("\r", "\n").splitlines() if line]
     assert lines[-1].startswith("40 of 40 new frames") and len(lines) <= 10
@@ -324,9 +324,7 @@ def test_a_long_video_takes_little_memory(num_context: int, checkpoint: str, tmp
             "except SystemExit as error: assert not error.code\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120
-        )
+        done = run_python(["-c", code, *options])
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
     assert peaks[1] - peaks[0] < 30 * frame.nbytes

@@ -1,7 +1,5 @@
 """The demo as a reader runs it: the shipped model, a held-out episode, an mp4."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ from click.testing import CliRunner
 
 from diffusers_far import cli, demo
 from diffusers_far.video_files import read_video
+from tests.python_process import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,8 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_demo_writes_truth_beside_prediction(tmp_path):
     output = tmp_path / "demo.mp4"
     options = ["--num-frames", "36", "--num-inference-steps", "2", "--output", str(output)]
-    command = [sys.executable, "-m", "diffusers_far.cli", "demo", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_python(["-m", "diffusers_far.cli", "demo", *options], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4 predicted" in done.stdout
     frames = read_video(output).astype(float)

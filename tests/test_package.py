@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import diffusers_far
+from tests.python_process import run_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "diffusers_far"
@@ -132,18 +133,19 @@ def test_the_version_is_that_of_the_metadata() -> None:
     assert citation["version"] == diffusers_far.__version__
 
 
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints. It measures processor time: other programs do not count."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def printed_by(code: str) -> str:
+    """What a process prints that has imported neither diffusers nor us. Processor time is its own alone."""
+    run = run_python(["-c", code], imported="torch")
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
 def test_importing_the_package_costs_nothing() -> None:
-    seconds, imports_torch = run_python(
+    code = (
         "import sys, time; before = time.process_time(); import diffusers_far; "
         "print(time.process_time() - before, 'torch' in sys.modules)"
-    ).split()
+    )
+    seconds, imports_torch = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert float(seconds) < 0.5
     assert imports_torch == "False"
 
@@ -155,10 +157,9 @@ def test_the_app_writes_nothing_into_the_package(tmp_path: Path) -> None:
         PACKAGE, tmp_path / "diffusers_far", ignore=shutil.ignore_patterns("*.pyi", "__pycache__")
     )
     before = sorted(tmp_path.rglob("*"))
-    code = "import diffusers_far.browser.app as app; print(app.__file__)"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    code = "import sys; sys.dont_write_bytecode = True; "
+    code += "import diffusers_far.browser.app as app; print(app.__file__)"
+    done = run_python(["-c", code], cwd=tmp_path, imported="torch")
     assert done.stdout.strip().startswith(str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -175,7 +176,7 @@ def test_the_pipeline_imports_no_optional_package() -> None:
         "vizdoom",
         "yaml",
     }
-    imported = run_python(
+    imported = printed_by(
         "import sys; from diffusers import DiffusionPipeline; before = set(sys.modules); "
         "from diffusers_far import FARVideoPipeline; print(*sys.modules.keys() - before)"
     )
@@ -183,7 +184,7 @@ def test_the_pipeline_imports_no_optional_package() -> None:
 
 
 def test_the_pipeline_adds_little_to_the_import_time_of_diffusers() -> None:
-    seconds = run_python(
+    seconds = printed_by(
         "import time; "
         "from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler; "
         "before = time.process_time(); from diffusers_far import FARVideoPipeline; "

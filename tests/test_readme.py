@@ -1,9 +1,9 @@
 """README, as a reader takes it: its Python runs in the checkout, and its links lead somewhere."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.python_process import run_python
 
 MOST_LINES = 80  # one screen
 
@@ -13,9 +13,7 @@ def test_the_example_runs(repository: Path, tmp_path: Path) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     for name in ("data", "checkpoints"):
         (tmp_path / name).symlink_to(repository / name)
-    run = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, timeout=600, cwd=tmp_path
-    )
+    run = run_python(["-c", example], cwd=tmp_path, timeout=600)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "walk.mp4").stat().st_size > 5000
 

@@ -1,14 +1,13 @@
 """What diffusers knows of the package, whichever module a program imports first."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 
 import diffusers_far
+from tests.python_process import run_python
 from tests.tiny_models import pipeline
 
 ROUTES = {
@@ -19,11 +18,9 @@ ROUTES = {
 }
 
 
-def run_python(code: str, repository: Path) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=300
-    )
+def printed_by(code: str, repository: Path) -> str:
+    """What a process prints that has imported neither diffusers nor us."""
+    done = run_python(["-c", code], cwd=repository, imported="torch")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,7 +42,7 @@ def test_every_import_does_the_same(route: str, saved: Path, tmp_path: Path, rep
         f"from tests.tiny_models import pipeline; pipe = pipeline(); pipe.save_pretrained({str(tmp_path)!r})"
     )
     methods = "pipe._upload_folder, pipe.transformer._upload_folder, pipe.transformer.from_single_file"
-    printed = run_python(f"{ROUTES[route]}\n{save}\nprint(*(m.__module__ for m in ({methods})))", repository)
+    printed = printed_by(f"{ROUTES[route]}\n{save}\nprint(*(m.__module__ for m in ({methods})))", repository)
     assert printed.split()[-3:] == ["diffusers_far.hub", "diffusers_far.hub", "diffusers_far.single_file"]
     assert contents(tmp_path) == contents(saved)
     assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "diffusers_far"
@@ -71,7 +68,7 @@ def test_the_general_class_loads_after_a_bare_import(
     (folder / "model_index.json").write_text(json.dumps(index))
     again = tmp_path / "again"
     code = f"pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}); print(type(pipe).__name__)"
-    printed = run_python(f"{imports}\n{code}; pipe.save_pretrained({str(again)!r})", repository)
+    printed = printed_by(f"{imports}\n{code}; pipe.save_pretrained({str(again)!r})", repository)
     assert printed.split()[-1] == "FARVideoPipeline"
     assert json.loads((again / "model_index.json").read_text())["transformer"][0] == "diffusers_far"
 

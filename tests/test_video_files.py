@@ -2,8 +2,6 @@
 
 import os
 import struct
-import subprocess
-import sys
 import tracemalloc
 import warnings
 from fractions import Fraction
@@ -17,6 +15,7 @@ from PIL import Image
 
 from diffusers_far import read_video
 from diffusers_far.video_files import VideoFile, VideoWriter, check_output, save_video
+from tests.python_process import run_python
 
 HEIGHT, WIDTH = 48, 80
 
@@ -428,7 +427,6 @@ def test_a_full_disk(kind: str, tmp_path: Path) -> None:
     )
     path = tmp_path / f"walk.{kind}"
     path.write_bytes(b"mine")
-    command = [sys.executable, "-c", code, str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = run_python(["-c", code, str(path)])
     assert run.stdout.startswith("OSError"), run.stdout + run.stderr
     assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1

@@ -6,8 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import tiny_models
+
 SIZE = ["--num-layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "16"]
 SIZE += ["--axes_dims_rope", "4", "6", "6", "--num_actions", "3"]
+WALK_FRAMES = 14  # of `write_walks`
 LONG = ["--long_patch_size", "2", "--short_window", "3"]
 
 
@@ -23,6 +26,24 @@ def write_latents(folder: Path) -> Path:
             frames = torch.stack([pattern.roll(shift, dims=-1) for shift in shifts])
             content = {"latents": frames.half(), "actions": actions}
             save_file(content, folder / split / f"{index:05d}.safetensors")
+    return folder
+
+
+def write_walks(folder: Path) -> Path:
+    """Latents of the tiny autoencoder, of walks whose last two frames were seen 9 frames before: 3 and 3."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        for index in range(3):
+            revisits = torch.zeros(WALK_FRAMES, dtype=torch.int64)
+            revisits[-2:] = 9
+            shape = (WALK_FRAMES, tiny_models.CHANNELS, tiny_models.GRID, tiny_models.GRID)
+            content = {
+                "latents": torch.randn(shape, generator=generator).half(),
+                "actions": torch.randint(3, (WALK_FRAMES,), generator=generator),
+                "revisits": revisits,
+            }
+            save_file(content, folder / split / f"{index}.safetensors")
     return folder
 
 

@@ -22,11 +22,9 @@ where it was.
 """
 
 import argparse
-import datetime
 import json
 import logging
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,33 +37,19 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: this file is run as a script
 
 from diffusers_far import FARTransformer3DModel
-from diffusers_far.evaluation.machine import describe
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise
-from diffusers_far.memory_loss import change_long_frames, window_loss
 from diffusers_far.training.clips import Clips, LatentVideos
 from diffusers_far.training.matmul_attn_processor import MatmulAttnProcessor
-from diffusers_far.training.options import FAROptions, ModelOptions
-from diffusers_far.training.pretrained import Change, change_model, mean_of_tokens
-from diffusers_far.training.train_far import FARTrainer
+from diffusers_far.training.options import FAROptions
 from diffusers_far.whole_files import written_whole
+from evaluation.experiments import equal_time
+from evaluation.experiments.equal_time import Targets, Wrapper, beside, measure, with_changes, write_results
 
 CONTEXT_NOISE = 0.15  # highest share of noise in the clean frames of `context_noise`
 NULL_FRAMES = 4  # learned ones before the first frame
 LEAST_SIGMA = 0.05  # of `clean_prediction`, whose error grows without bound below
-LEVELS = (0.3, 0.5, 0.7, 0.9)  # noise of the next frame
 CONTEXTS = (255, 31, 7)  # observed frames before it
 NOISY_FRAMES = 4
-TARGETS_PER_WALK = 4
-CALIBRATION_STEPS = 10  # whose cost says how many steps an option gets
-
-
-class Wrapper(nn.Module):
-    """A model that is called in another way."""
-
-    def __init__(self, model: FARTransformer3DModel) -> None:
-        super().__init__()
-        self.model = model
-        self.device, self.dtype = model.device, model.dtype
 
 
 class LearnedNullFrames(Wrapper):
@@ -113,7 +97,7 @@ class Option:
     is_new: bool = False
 
 
-NEW = {"muon_learning_rate": 2.5e-3, "learning_rate": 6e-4, "own_context_probability": 0.0}
+NEW = {**equal_time.NEW_MODEL, "own_context_probability": 0.0}
 OPTIONS = {
     "recipe": Option("as the shipped model"),
     "context_noise": Option("noise on the clean frames, up to 15%", context_noise=CONTEXT_NOISE),
@@ -128,26 +112,24 @@ OPTIONS = {
 BASELINES = {"new_clean": "new_velocity"}  # of the others: recipe
 
 
-class Trainer(FARTrainer):
+class Trainer(equal_time.Trainer):
     """Trains one option."""
 
     def __init__(self, option: Option, checkpoint: FARTransformer3DModel, options: FAROptions) -> None:
-        self.option, self.checkpoint = option, checkpoint
-        super().__init__(ModelOptions(num_actions=checkpoint.config.num_actions), options)
-        self.learner = self.network if option.wrapper is None else option.wrapper(self.network)
-        self.objective.model = self.learner
+        self.option = option
 
-    def create_models(self, sizes: ModelOptions, videos: LatentVideos) -> Any:
-        option = self.option
-        if option.is_new:
-            torch.manual_seed(self.options.seed)
-            model = FARTransformer3DModel.from_config(self.checkpoint.config)
-        else:
-            model = with_changes(self.checkpoint, option.model_changes)
-        if option.wrapper is LearnedNullFrames:
-            model.null_frames = nn.Parameter(torch.zeros(1, NULL_FRAMES, *videos.frame_shape))
-        model.set_attn_processor(MatmulAttnProcessor())
-        return model, None, None
+        def make_model(videos: LatentVideos) -> FARTransformer3DModel:
+            if option.is_new:
+                torch.manual_seed(options.seed)
+                model = FARTransformer3DModel.from_config(checkpoint.config)
+            else:
+                model = with_changes(checkpoint, option.model_changes)
+            if option.wrapper is LearnedNullFrames:
+                model.null_frames = nn.Parameter(torch.zeros(1, NULL_FRAMES, *videos.frame_shape))
+            model.set_attn_processor(MatmulAttnProcessor())
+            return model
+
+        super().__init__(make_model, options, option.wrapper, checkpoint.config.num_actions)
 
     def loss(self, clips: Clips, index: int) -> Tensor:
         if self.option.context_noise:
@@ -163,86 +145,8 @@ class Trainer(FARTrainer):
         """Checkpoints are enough."""
 
 
-def with_changes(checkpoint: FARTransformer3DModel, changes: dict[str, Any]) -> FARTransformer3DModel:
-    """A copy with another window, or other patches of long-term frames that start as means of short ones."""
-    if "long_patch_size" not in changes:
-        return change_model(checkpoint, Change(changes))
-    model = FARTransformer3DModel.from_config(checkpoint.config, **changes)
-    patch, weights = model.config.patch_size, dict(checkpoint.state_dict())
-    ratio = model.config.long_patch_size // patch
-    weights["context_embedder.weight"] = mean_of_tokens(weights["x_embedder.weight"], patch, ratio)
-    weights["context_embedder.bias"] = weights["x_embedder.bias"]
-    model.load_state_dict(weights)
-    return model
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-class Targets:
-    """Frames to predict of held-out walks, with their noise.
-
-    Args:
-        videos: walks of more than `CONTEXTS[0]` frames.
-        num_walks: the first ones are taken.
-    """
-
-    def __init__(self, videos: LatentVideos, num_walks: int) -> None:
-        self.videos = videos
-        self.walks, self.frames, self.revisits = [], [], []
-        first = CONTEXTS[0]
-        for walk in range(min(num_walks, len(videos))):
-            ages = videos.revisits[walk]
-            if ages is None or videos.num_frames[walk] <= first or videos.actions[walk] is None:
-                raise ValueError(
-                    f"latents: {videos.paths[walk]} has {videos.num_frames[walk]} frames; it takes more than "
-                    f"{first}, with actions and revisits"
-                )
-            (seen,) = ages[first:].nonzero(as_tuple=True)
-            for candidates, kind in ((torch.arange(len(ages) - first), False), (seen, True)):
-                number = min(TARGETS_PER_WALK, len(candidates))
-                chosen = candidates[torch.linspace(0, len(candidates) - 1, number).round().long()]
-                self.walks += [walk] * number
-                self.frames += (first + chosen).tolist()
-                self.revisits += [kind] * number
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(len(self.frames), NOISY_FRAMES, *videos.frame_shape, generator=generator)
-
-    def clips(self, chosen: list[int], num_observed: int) -> tuple[Tensor, Tensor]:
-        """Latents `[B, F, C, H, W]` and actions `[B, F]` of some targets and the frames before each."""
-        latents, actions = [], []
-        for index in chosen:
-            walk, start = self.walks[index], self.frames[index] - num_observed
-            latents.append(self.videos.clip(walk, start, num_observed + 1))
-            actions.append(self.videos.actions[walk][start : start + num_observed + 1])
-        return torch.stack(latents), torch.stack(actions)
-
-
-def measure(learner: nn.Module, targets: Targets, batch_size: int) -> dict[str, list[float]]:
-    """Losses of all targets, in the order of `targets`."""
-    found: dict[str, list[float]] = {}
-    window = CONTEXTS[-1] + 1  # of the checkpoint
-    for begin in range(0, len(targets.frames), batch_size):
-        chosen = list(range(begin, min(begin + batch_size, len(targets.frames))))
-        noise = targets.noise[chosen]
-        values: dict[str, list[float]] = {}
-        for num_observed in CONTEXTS:
-            latents, actions = targets.clips(chosen, num_observed)
-            by_level = [window_loss(learner, latents, actions, noise[:, -1:], level) for level in LEVELS]
-            values[f"next_{num_observed}"] = torch.stack(by_level).mean(dim=0).tolist()
-        latents, actions = targets.clips(chosen, CONTEXTS[0])
-        generator = torch.Generator().manual_seed(begin)
-        shuffled = change_long_frames(latents, actions, latents.shape[1] - window, "shuffled", generator)
-        for name, clips in (
-            ("right", (latents, actions)),
-            ("shuffled", shuffled),
-            ("none", (latents[:, -window:], actions[:, -window:])),
-        ):
-            values[f"noisy_{name}"] = window_loss(learner, *clips, noise).tolist()
-        for name, part in values.items():
-            found.setdefault(name, []).extend(part)
-    return found
 
 
 def summary(results: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
@@ -254,14 +158,9 @@ def summary(results: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"steps": result["steps"], "seconds_per_step": result["seconds_per_step"]}
         for measured, values in result["losses"].items():
             for kind, of_kind in (("", ~revisits), ("_revisits", revisits)):
-                difference = np.array(values) - np.array(baseline[measured])
-                numbers = [walk for walk in np.unique(walks) if of_kind[walks == walk].any()]
-                by_walk = np.array([difference[of_kind & (walks == walk)].mean() for walk in numbers])
-                row[measured + kind] = {
-                    "loss": float(np.array(values)[of_kind].mean()),
-                    "difference": float(by_walk.mean()),
-                    "standard_error": float(by_walk.std(ddof=1) / len(by_walk) ** 0.5),
-                }
+                chosen = of_kind.nonzero()[0]
+                loss, others = (np.array(part)[chosen] for part in (values, baseline[measured]))
+                row[measured + kind] = {"loss": float(loss.mean()), **beside(loss, others, walks[chosen])}
         rows[name] = row
     return rows
 
@@ -291,64 +190,29 @@ def table(rows: dict[str, Any]) -> str:
 
 def run_options(arguments: argparse.Namespace, name: str) -> FAROptions:
     values = {
-        "latents": str(arguments.latents),
-        "output_dir": str(arguments.output / name),
         "num_frames": arguments.num_frames,
         "length_distribution": "log_uniform",
         "revisit_probability": 0.5,
         "noisy_window_probability": 0.35,
         "clean_context_probability": 0.4,
         "own_context_probability": 0.3,
-        "max_train_steps": CALIBRATION_STEPS,
-        "batch_size": arguments.batch_size,
         "muon_learning_rate": 5e-4,
         "learning_rate": 1.2e-4,
-        "lr_scheduler": "warmup_stable_decay",
-        "warmup_ratio": 0.05,
-        "decay_ratio": 0.5,
-        "adam_beta2": 0.99,
-        "ema_decay": 0.98,
-        "mixed_precision": arguments.mixed_precision,
-        "validation_steps": 0,
-        "save_minutes": 5.0,
-        "keep_checkpoints": 1,
-        "logging_steps": 20,
-        "resume_from": "latest",
-        "seed": 0,
     }
-    return FAROptions(**{**values, **OPTIONS[name].changes})
-
-
-def seconds_per_step(option: Option, checkpoint: FARTransformer3DModel, options: FAROptions) -> float:
-    """Of a processor's time, over the first batches."""
-    trainer = Trainer(option, checkpoint, options)
-    trainer.step(0)  # warms up
-    started = time.process_time()
-    for index in range(1, CALIBRATION_STEPS):
-        trainer.step(index)
-    return (time.process_time() - started) / (CALIBRATION_STEPS - 1)
+    return equal_time.run_options(arguments, name, **{**values, **OPTIONS[name].changes})
 
 
 def train(name: str, checkpoint: FARTransformer3DModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one option and measure it: its losses and cost."""
     option, options = OPTIONS[name], run_options(arguments, name)
-    folder = arguments.output / name
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "plan.json"
-    if not plan.exists():
-        seconds = seconds_per_step(option, checkpoint, options)
-        with written_whole(plan) as unfinished:
-            number = max(1, round(arguments.minutes * 60 / seconds))
-            unfinished.write_text(json.dumps({"steps": number, "seconds_per_step": round(seconds, 3)}))
-    planned = json.loads(plan.read_text())
-    trainer = Trainer(option, checkpoint, replace(options, max_train_steps=planned["steps"]))
-    if not trainer.train():
-        sys.exit(f"{name}: interrupted; start again to go on")
-    targets = Targets(LatentVideos(Path(options.latents) / "validation"), arguments.walks)
+    trainer, planned = equal_time.train(
+        lambda options: Trainer(option, checkpoint, options), options, arguments.minutes
+    )
+    videos = LatentVideos(Path(options.latents) / "validation")
+    targets = Targets(videos, arguments.walks, CONTEXTS, NOISY_FRAMES)
     with trainer.run.averaged_weights():
         found = measure(trainer.learner.eval(), targets, arguments.batch_size)
-    chosen = {"walks": targets.walks, "frames": targets.frames, "revisits": targets.revisits}
-    return {**planned, "losses": found, "targets": chosen}
+    return {**planned, "losses": found, "targets": targets.facts}
 
 
 def main() -> None:
@@ -379,16 +243,7 @@ def main() -> None:
                 unfinished.write_text(json.dumps(result))
         results[name] = json.loads(path.read_text())
         rows = summary(results, results[name]["targets"])
-        facts = {
-            "machine": describe(torch.device("cpu")),
-            "date": datetime.date.today().isoformat(),
-            "minutes": arguments.minutes,
-            "rows": rows,
-        }
-        with written_whole(arguments.output / "results.json") as unfinished:
-            unfinished.write_text(json.dumps(facts, indent=1) + "\n")
-        with written_whole(arguments.output / "results.md") as unfinished:
-            unfinished.write_text(table(rows))
+        write_results(arguments.output, {"minutes": arguments.minutes, "rows": rows}, table(rows))
     print(table(rows))
 
 

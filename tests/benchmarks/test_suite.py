@@ -2,20 +2,21 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.python_process import run_python
+
 SMALL = {"num_layers": 1, "num_attention_heads": 1, "frames": 3, "steps": 2}
 
 
 def measure(repository: Path, output: Path, **case: Any) -> tuple[dict[str, float], torch.Tensor]:
-    command = [sys.executable, str(repository / "benchmarks" / "measure.py"), json.dumps({**SMALL, **case})]
-    result = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True)
+    command = [str(repository / "benchmarks" / "measure.py"), json.dumps({**SMALL, **case})]
+    result = run_python([*command, "--output", str(output)])
+    assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), torch.load(output)
 
 
@@ -42,8 +43,8 @@ def test_rollout_and_training(repository: Path, tmp_path: Path) -> None:
 
 
 def test_training_cost(repository: Path) -> None:
-    command = [sys.executable, "benchmarks/training_cost.py", "far-b-ucf101-64", "--batch-size", "2"]
-    said = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout
+    command = [str(repository / "benchmarks" / "training_cost.py"), "far-b-ucf101-64", "--batch-size", "2"]
+    said = run_python(command, cwd=repository).stdout
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "|" in line]
     rows = {row[0]: row[1:] for row in table}
     (parameters,) = re.findall(r"far-b-ucf101-64: (\d+) million parameters", said)

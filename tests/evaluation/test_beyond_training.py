@@ -67,7 +67,7 @@ def test_riflex_slows_one_frequency_of_time() -> None:
     (riflex,) = [way for way in ways(FRAMES, 3, TRAINED, []) if way.is_riflex]
     own = model.pos_embed
     coordinates = torch.tensor([[0.0, 2, 3], [5, 0, 1], [19, 1, 1]])
-    with frequency_for(model, riflex, TRAINED, FRAMES):
+    with frequency_for(model, riflex.is_riflex, TRAINED, FRAMES):
         assert isinstance(model.pos_embed, LoweredFrequency)
         lowered = model.pos_embed(coordinates)
         channels, ratio = model.pos_embed.channels, model.pos_embed.ratio

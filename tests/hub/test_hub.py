@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from diffusers_far import FARVideoPipeline
 from tests.hub.hub_double import TOKEN, HubDouble, Repository, serve
+from tests.python_process import run_python
 from tests.tiny_models import generator, long_transformer, pipeline
 
 LOAD = "pipe = FARVideoPipeline.from_pretrained('me/far'{}); print('loaded', type(pipe.transformer).__name__)"
@@ -42,17 +42,13 @@ def environment(hub: HubDouble, home: Path, **more: str) -> dict[str, str]:
 
 def python(hub: HubDouble, home: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run code as a user would who has only imported the package."""
-    command = [sys.executable, "-c", "from diffusers_far import *\n" + code]
-    return subprocess.run(
-        command, env=environment(hub, home, **more), capture_output=True, text=True, timeout=300
-    )
+    command = ["-c", "from diffusers_far import *\n" + code]
+    return run_python(command, env=environment(hub, home, **more), imported="torch")
 
 
 def push(hub: HubDouble, home: Path, folder: Path, *options: str, token: str = TOKEN) -> str:
-    command = [sys.executable, "-m", "diffusers_far.cli", "push", str(folder), "me/far", *options]
-    done = subprocess.run(
-        command, env=environment(hub, home, HF_TOKEN=token), capture_output=True, text=True, timeout=300
-    )
+    command = ["-m", "diffusers_far.cli", "push", str(folder), "me/far", *options]
+    done = run_python(command, env=environment(hub, home, HF_TOKEN=token), imported="torch")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -91,13 +87,8 @@ def test_diffusers_own_class_loads_it_once_we_are_imported(
     index["transformer"][0] = library  # the second one is in older checkpoints
     files["model_index.json"] = json.dumps(index).encode()
     code = "import diffusers, diffusers_far; p = diffusers.DiffusionPipeline.from_pretrained('me/far')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('loaded', type(p).__name__)"],
-        env=environment(hub, tmp_path / "reader"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    code += "print('loaded', type(p).__name__)"
+    done = run_python(["-c", code], env=environment(hub, tmp_path / "reader"), imported="torch")
     assert "loaded FARVideoPipeline" in done.stdout, done.stderr
 
 
@@ -175,17 +166,15 @@ def test_a_card_of_ours_is_renewed(hub: HubDouble, folder: Path, tmp_path: Path)
 
 
 def test_pushing_without_a_token(hub: HubDouble, folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "diffusers_far.cli", "push", str(folder), "me/far"]
-    done = subprocess.run(
-        command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=300
-    )
+    command = ["-m", "diffusers_far.cli", "push", str(folder), "me/far"]
+    done = run_python(command, env=environment(hub, tmp_path), imported="torch")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: ")
     assert hub.repositories == {}
 
 
 def test_remote_code_needs_no_package(hub: HubDouble, folder: Path, tmp_path: Path, repository: Path) -> None:
-    build = [sys.executable, str(repository / "pipelines" / "build.py")]
-    subprocess.run([*build, "--checkpoint", str(folder), "--output", str(tmp_path / "remote")], check=True)
+    build = [str(repository / "pipelines" / "build.py"), "--checkpoint", str(folder)]
+    assert run_python([*build, "--output", str(tmp_path / "remote")]).returncode == 0
     files = {
         path.relative_to(tmp_path / "remote").as_posix(): path.read_bytes()
         for path in (tmp_path / "remote").rglob("*")
@@ -206,13 +195,8 @@ options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent
 video = pipe(num_frames=3, actions=[0, 1, 2], **options)
 print(type(pipe).__name__, video.frames.double().sum().item())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "remote")],
-        env=environment(hub, tmp_path / "reader", HF_MODULES_CACHE=str(tmp_path / "modules")),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    settings = environment(hub, tmp_path / "reader", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = run_python(["-c", code, str(tmp_path / "remote")], env=settings, imported="torch")
     assert done.returncode == 0, done.stderr
     *refused, made = done.stdout.splitlines()[-3:]
     assert refused == ["refused False"] * 2

@@ -4,8 +4,6 @@ Each case of `golden/index.json` holds a small random model of the authors' code
 """
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from conversion.convert_far import convert
 from diffusers_far import FARVideoPipeline
 from diffusers_far.flow_matching import add_noise, frame_loss, velocity_target
 from diffusers_far.key_map import model_name
+from tests.python_process import run_python
 from tests.tiny_models import TOLERANCE, max_error, relative_error
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -162,8 +161,7 @@ def test_the_default_slope_of_a_converted_flexrope_model_matters(converted: Any)
 def test_the_command_line(tmp_path: Path) -> None:
     case = "long_flexrope"
     script = REPOSITORY / "conversion" / "convert_far.py"
-    command = [sys.executable, str(script), *conversion_arguments(case, tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    run = run_python([str(script), *conversion_arguments(case, tmp_path)], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     sampled, _ = sample_videos(load(tmp_path / case), case)
     assert relative_error(sampled, tensors(case)["latents"]) <= TOLERANCE

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from diffusers_far.training.pretrained import Change, change_model, find_pretrai
 from diffusers_far.training.train_far import FARTrainer
 from tests.hub.hub_double import Repository, serve
 from tests.hub.test_hub import environment
+from tests.python_process import run_python
 from tests.tiny_models import (
     TOLERANCE,
     latents,
@@ -72,13 +71,7 @@ def test_a_pipeline_a_model_and_a_repo_of_the_hub_are_found(trained: Path, tmp_p
     )
     with serve() as hub:
         hub.repositories["me/far"] = Repository(branches={"main": files | {"notes.bin": b"large"}})
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment(hub, tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = run_python(["-c", code], env=environment(hub, tmp_path), imported="torch")
     assert done.stdout.strip() == f"{NAMES} True", done.stderr
     assert not list(tmp_path.rglob("notes.bin"))
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffusers_far.training.sources import Source, hold_out, open_source
 from diffusers_far.training.train_autoencoder import AutoencoderTrainer
 from tests.conftest import REPOSITORY
 from tests.hub.hub_double import HubDouble, Repository, serve
+from tests.python_process import run_python
 from tests.video_writing import numbered_frames, numbers, write_video
 
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -726,10 +726,8 @@ def on_hub(hub: HubDouble, home: Path, code: str) -> subprocess.CompletedProcess
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    command = [sys.executable, "-c", "from diffusers_far.training.sources import open_source\n" + code]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, timeout=300
-    )
+    command = ["-c", "from diffusers_far.training.sources import open_source\n" + code]
+    return run_python(command, cwd=REPOSITORY, env=os.environ | settings, imported="torch")
 
 
 def test_a_repo_of_the_hub(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import gradio as gr
@@ -24,16 +25,18 @@ FORK = multiprocessing.get_context("fork")
 
 loans: list[dict[str, Any]] = []
 processes: list[Any] = []
+# No process may inherit the end that another one writes to: the death of that one would go unseen.
+forking = threading.Lock()
 
 
-def work(task: Callable[..., Iterator[Any]], arguments: bytes, answers: Any) -> None:
+def work(task: Callable[..., Iterator[Any]], arguments: bytes, answers: Connection) -> None:
     try:
         for answer in task(*pickle.loads(arguments)):
-            answers.put(("answer", answer))
-        answers.put(("end", None))
+            answers.send(("answer", answer))
+        answers.send(("end", None))
     except Exception as error:
         traceback.print_exc()
-        answers.put(("error", type(error).__name__))
+        answers.send(("error", type(error).__name__))
 
 
 def GPU(*, duration: int) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Iterator[Any]]]:
@@ -45,25 +48,28 @@ def GPU(*, duration: int) -> Callable[[Callable[..., Iterator[Any]]], Callable[.
             if log := os.environ.get("SPACES_DOUBLE_LOG"):
                 with open(log, "a") as file:
                     file.write(json.dumps(loans[-1]) + "\n")
-            answers, here = FORK.SimpleQueue(), queue.Queue()
-            process = FORK.Process(target=work, args=(task, pickle.dumps(arguments), answers), daemon=True)
-            process.start()
+            here: queue.Queue[tuple[str, Any]] = queue.Queue()
+            with forking:
+                answers, there = FORK.Pipe(duplex=False)
+                process = FORK.Process(target=work, args=(task, pickle.dumps(arguments), there), daemon=True)
+                process.start()
+                there.close()
             processes.append(process)
             killer = threading.Timer(duration, process.kill)
             killer.start()
 
-            def watch() -> None:
-                process.join()
-                killer.cancel()
-                answers.put(("lost", None))
-
             def read() -> None:
                 kind = "answer"
                 while kind == "answer":
-                    kind, answer = answers.get()
+                    try:
+                        kind, answer = answers.recv()
+                    except (EOFError, OSError):  # killed, maybe in the middle of an answer
+                        kind, answer = "lost", None
                     here.put((kind, answer))
+                process.join()
+                killer.cancel()
+                answers.close()
 
-            threading.Thread(target=watch, daemon=True).start()
             threading.Thread(target=contextvars.copy_context().run, args=(read,), daemon=True).start()
             while True:
                 kind, answer = here.get()

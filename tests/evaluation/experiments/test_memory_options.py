@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from evaluation.experiments import memory_options
+from evaluation.experiments import equal_time, memory_options
 from tests import tiny_models
-
-NUM_FRAMES = 14
+from tests.tiny_latents import WALK_FRAMES
 
 
 @pytest.fixture
@@ -22,34 +20,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-@pytest.fixture
-def walks(tmp_path: Path) -> Path:
-    shape = tiny_models.latents(1, NUM_FRAMES).shape[1:]
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "validation"):
-        folder = tmp_path / "latents" / split
-        folder.mkdir(parents=True)
-        for index in range(3):
-            revisits = torch.zeros(NUM_FRAMES, dtype=torch.int64)
-            revisits[-2:] = 9
-            save_file(
-                {
-                    "latents": torch.randn(shape, generator=generator).half(),
-                    "actions": torch.randint(3, (NUM_FRAMES,), generator=generator),
-                    "revisits": revisits,
-                },
-                folder / f"{index}.safetensors",
-            )
-    return tmp_path / "latents"
-
-
 @pytest.mark.filterwarnings("ignore:.*resume")
 def test_options_are_trained_measured_and_not_done_twice(
     checkpoint: Path, walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_options, "CONTEXTS", (11, 6, 2))
     monkeypatch.setattr(memory_options, "NOISY_FRAMES", 2)
-    monkeypatch.setattr(memory_options, "CALIBRATION_STEPS", 2)
+    monkeypatch.setattr(equal_time, "CALIBRATION_STEPS", 2)
     output = tmp_path / "output"
     arguments = [str(checkpoint), str(walks), "--output", str(output), "--minutes", "0.002"]
     arguments += ["--num-frames", "12", "--batch-size", "2", "--mixed-precision", "no", "--options"]
@@ -70,7 +47,7 @@ def test_options_are_trained_measured_and_not_done_twice(
     assert rows["null_frames"]["next_11_revisits"]["difference"] != 0
     assert rows["long_patch_2"]["noisy_right"]["difference"] != 0
     measured = json.loads((output / "recipe" / "results.json").read_text())
-    assert measured["targets"]["frames"][-1] == NUM_FRAMES - 1
+    assert measured["targets"]["frames"][-1] == WALK_FRAMES - 1
     assert (output / "results.md").read_text().count("\n") == len(options) + 2
 
     monkeypatch.setattr(memory_options, "train", None)  # not called again
