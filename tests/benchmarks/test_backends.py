@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny_models as tm
+from tests.python_process import run_python
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -25,9 +25,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     repository: Path, script: str, *arguments: object, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)]
-    environ = os.environ | environ
-    return subprocess.run(command, cwd=repository, env=environ, capture_output=True, text=True, timeout=240)
+    command = [f"benchmarks/{script}.py", *map(str, arguments)]
+    return run_python(command, cwd=repository, env=os.environ | environ)
 
 
 def test_backends_make_the_same_frames(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
