@@ -4,10 +4,10 @@ import torch
 from torch.utils.benchmark import Timer
 
 
-def seconds(statement: str, **names: object) -> float:
-    """Median time of a statement on all threads."""
+def seconds(statement: str, min_run_time: float = 1.0, **names: object) -> float:
+    """Median time of a statement on all threads, in runs of so many seconds together."""
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=1.0).median
+    return timer.blocked_autorange(min_run_time=min_run_time).median
 
 
 def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:

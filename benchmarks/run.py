@@ -97,14 +97,14 @@ SHARED = ["peak_mb", "speedup", "memory_ratio", "share_of_limit", "largest_diffe
 def table(task: str, rows: list[dict[str, Any]]) -> str:
     """Markdown; figures that both sides have are written "ours / published"."""
     names = [*COLUMNS[task], *SHARED]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = []
     for row in rows:
         cells = []
         for name in names:
             sides = [row[side][name] for side in ("ours", "published") if name in row.get(side, ())]
             cells.append(" / ".join(map(shown, sides or [row.get(name, "")])))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(names, lines)
 
 
 def shown(value: Any) -> str:
@@ -112,6 +112,20 @@ def shown(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown(names: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def write(output: Path, results: dict[str, Any], texts: list[str]) -> None:
+    """OUTPUT.json and OUTPUT.md."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in ((".json", json.dumps(results, indent=2)), (".md", "\n\n".join(texts))):
+        with written_whole(output.with_suffix(ending)) as partial:
+            partial.write_text(text + "\n")
 
 
 def main() -> None:
@@ -155,10 +169,7 @@ def main() -> None:
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
         results["played"] = played = json.loads(text)
         tables.append("\n".join(f"- {name}: {shown(value)}" for name, value in played.items()))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for ending, text in ((".json", json.dumps(results, indent=2)), (".md", "\n\n".join(tables))):
-        with written_whole(arguments.output.with_suffix(ending)) as partial:
-            partial.write_text(text + "\n")
+    write(arguments.output, results, tables)
 
 
 if __name__ == "__main__":

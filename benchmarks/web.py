@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Playwright, sync_playwright
 
 from diffusers_far.browser.starts import starts_for_export
 from diffusers_far.browser.static_page import PageHandler, find_page, in_background, make_server
@@ -36,6 +36,12 @@ SIZES = {"web_desktop.png": (1100, 780), "web_phone.png": (360, 740)}
 FRAME = "Number(document.body.dataset.frame)"
 
 
+def chromium(playwright: Playwright) -> Browser:
+    """The installed one, headless."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    return playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.option("--episodes", default=EPISODES, show_default=True)
@@ -54,9 +60,8 @@ def main(
     server.RequestHandlerClass = partial(CountingHandler, **folders)
     url = in_background(server)
     given = len(starts[0][0]) if starts else 0
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = chromium(playwright)
         for number in steps.split():
             context = browser.new_context()  # with an empty cache
             page = context.new_page()

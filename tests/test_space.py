@@ -153,7 +153,7 @@ def test_a_gradio_space_is_played(shipped_game: Path, environment: Path, browser
     settings = {"GRADIO_SSR_MODE": "true", "SPACE_ID": "me/game", "GRADIO_SERVER_NAME": "0.0.0.0"}
     with running([environment, shipped_game / "app.py"], shipped_game.parent, **settings) as url:
         page = browser.new_page()
-        page.goto(url)
+        page.goto(f"{url}/?paused")
         status = page.locator("#play .far-status")
         expect(status).to_contain_text("frame 31", timeout=60_000)  # a start has 32 frames
         page.keyboard.down("w")

@@ -52,7 +52,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     page.set_default_timeout(PATIENCE)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(url)
+    page.goto(f"{url}?paused")
     yield page
     page.close(run_before_unload=True)
     assert not errors
@@ -95,6 +95,25 @@ def as_tensor(image: np.ndarray) -> torch.Tensor:
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(float) - other).mean())
+
+
+def test_it_opens_on_a_running_game(browser: Browser, url: str) -> None:
+    """Which walks by itself until something is pressed."""
+    page = browser.new_page(viewport={"width": 1100, "height": 950})
+    page.set_default_timeout(PATIENCE)
+    sent = actions_of(page)
+    page.goto(url)
+    wait_for_frame(page, START_FRAME + 3)
+    assert 1 in sent and set(sent) <= {1, 2}  # forward, and to the left where there is a wall
+    expect(page.locator(".far-run")).to_have_text("Pause")
+    expect(page.locator(".far-keys")).to_contain_text("Keys: arrow keys, WASD, or the buttons.")
+    page.keyboard.down("ArrowLeft")
+    wait_for_frame(page, frame_number(page) + 2)
+    assert sent[-1] == 2
+    page.keyboard.up("ArrowLeft")
+    wait_for_frame(page, frame_number(page) + 2)
+    assert sent[-1] == 0  # it stands still, and does not walk by itself again
+    page.close(run_before_unload=True)
 
 
 def test_play(page: Page, tmp_path: Path, repository: Path) -> None:
@@ -190,10 +209,10 @@ def test_a_visitor_without_a_place_is_told_to_wait(browser: Browser, repository:
         for page in pages:
             page.set_default_timeout(PATIENCE)
         for page in pages[:2]:
-            page.goto(url)
+            page.goto(f"{url}?paused")
             wait_for_frame(page, START_FRAME)
         waiting = pages[2]
-        waiting.goto(url)
+        waiting.goto(f"{url}?paused")
         expect(waiting.locator(".far-error")).to_contain_text("All 2 places are taken", timeout=PATIENCE)
         pages[0].close(run_before_unload=True)  # its place is free as soon as the server hears of it
         for _ in range(PATIENCE // 1000):
@@ -390,7 +409,7 @@ def test_a_model_of_other_actions(browser: Browser, repository: Path, names: lis
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     actions = actions_of(page)
-    page.goto(url)
+    page.goto(f"{url}?paused")
     wait_for_frame(page, START_FRAME)
     assert page.locator(".far-pad button").all_inner_texts() == (names or ["0", "1", "2", "3"])
     page.keyboard.down("3")
@@ -419,7 +438,7 @@ def test_a_model_of_groups_and_one_of_vectors(browser: Browser, kind: str) -> No
     try:
         page = browser.new_page()
         page.on("request", lambda request: sent.append(request.post_data or ""))
-        page.goto(serve_app(app, visitors, quiet=True))
+        page.goto(serve_app(app, visitors, quiet=True) + "?paused")
         wait_for_frame(page, -1)
         expect(page.locator(".far-keys")).to_contain_text("stays until you change it")
         if kind == "groups":

@@ -92,10 +92,10 @@ def test_it_opens_on_the_running_game_and_plays_as_told(page: Page, url: str, lo
     page.goto(url)
     wait_for_frame(page, 9)  # 6 given ones, and it walks by itself
     assert set(actions_of(page)) <= {1, 2}  # forward and left
-    expect(page.locator("#status")).to_have_text(re.compile(r"Frame \d+ · \d+\.\d frames/s · CPU \(WASM"))
+    expect(page.locator("#status")).to_have_text(re.compile(r"Frame \d+ · \d+\.\d frames/s · on your CPU"))
     expect(page.locator("#loading")).to_be_hidden()
     expect(page.locator("#cost")).to_have_text(re.compile(r"Costs: \d+ MB to load once"))
-    expect(page.locator("#keys")).to_contain_text("Arrow keys")
+    expect(page.locator("#keys")).to_contain_text("arrow keys")
     page.keyboard.down("ArrowRight")
     page.wait_for_function("sent.filter((one) => one.argument?.action === 3).length >= 2")
     page.keyboard.down("w")
@@ -305,10 +305,10 @@ def test_a_lost_gpu_changes_nothing(gpu_page: Page, url: str, long_model: Path) 
     if page.evaluate("navigator.gpu?.requestAdapter().then((one) => !one)") is not False:
         pytest.skip("this Chromium has no software WebGPU")
     page.wait_for_function(f"{SHOWN} >= 1", timeout=PATIENCE)
-    expect(page.locator("#status")).to_contain_text("GPU (WebGPU)")
+    expect(page.locator("#status")).to_contain_text("on your GPU")
     page.evaluate("own.postMessage('lose')")
     page.evaluate("sent = sent.filter((one) => one !== 'lose' && one.name)")
-    expect(page.locator("#status")).to_contain_text("CPU (WASM", timeout=PATIENCE)
+    expect(page.locator("#status")).to_contain_text("on your CPU", timeout=PATIENCE)
     assert "WebGPU failed" in page.locator("#status").get_attribute("title")
     pause(page)
     # Frames of the GPU are in its context: the two add in different orders.

@@ -2,6 +2,7 @@
 // their number; groups and vectors stay as they are chosen.
 
 import type { Action, Config } from "./exported_rollout";
+import { canvasOf } from "./media";
 
 const KEYS: Record<string, string> = {
   ArrowUp: "forward", KeyW: "forward", ArrowLeft: "left", KeyA: "left", ArrowRight: "right", KeyD: "right",
@@ -10,18 +11,21 @@ const KEYS: Record<string, string> = {
 const ARROWS: Record<string, string> = {
   "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓",
 };
+const WALL = 12; // levels by which the parts of a picture differ, at least, if it is more than a wall
+const TURN = 4; // frames in which a walker turns away from one
 const GAMEPAD = { forward: [12, 1, -1], back: [13, 1, 1], left: [14, 0, -1], right: [15, 0, 1] }; // button, axis, sign
 
 export class Controls {
   hint = "";
   touched = false; // anything was pressed yet
+  private turning = 0; // frames still to turn, of a walker that walks by itself
   private readonly held = new Set<string>();
   private readonly names: string[] | null = null; // of directions
   private chosen: number[] | null = null; // of groups or a vector
 
   constructor(private readonly space: Config["actions"], private readonly pad: HTMLElement, private readonly go: () => void) {
     if (!space) {
-      this.hint = "It goes on by itself: this model takes no actions.";
+      this.hint = "none. It goes on by itself: this model takes no actions.";
       return;
     }
     const names = Array.isArray(space.names) && space.names.every((name) => typeof name === "string") ? space.names : null;
@@ -30,23 +34,26 @@ export class Controls {
       const directions = Object.keys(ARROWS).filter((name) => this.names?.includes(name));
       const numbers = Array.from({ length: space.sizes[0] }, (_, i) => String(i));
       for (const one of this.names ? directions : numbers) this.addButton(one, this.names ? one : (names?.[+one] ?? one));
-      this.hint = this.names ? "Arrow keys, WASD, a gamepad, or the buttons under the picture." :
-        `Keys 0 to ${Math.min(9, space.sizes[0] - 1)}, or the buttons under the picture.`;
+      this.hint = this.names ? "arrow keys, WASD, a gamepad, or the buttons under the picture. Until you press one, it walks by itself." :
+        `0 to ${Math.min(9, space.sizes[0] - 1)}, or the buttons under the picture.`;
     } else {
       this.chosen = Array(space.kind === "groups" ? space.sizes.length : space.sizes[0]).fill(0);
       this.chosen.forEach((_, i) => this.addChoice(i));
-      this.hint = "What you choose under the picture stays until you change it.";
+      this.hint = "none. What you choose under the picture stays until you change it.";
     }
     this.listen();
   }
 
-  /** What is pressed now. Until something is, a walker that has directions walks by itself. */
-  action(number: number): Action {
+  /** What is pressed now. Until something is, a walker that has directions walks by itself, and turns where it sees a wall. */
+  action(view: HTMLCanvasElement): Action {
     if (this.chosen) return [...this.chosen];
     if (!this.names) return this.held.size ? Number([...this.held].pop()) : null;
     const held = new Set([...this.held, ...this.onGamepad()]);
     if (held.size) this.touched = true;
-    if (!this.touched && this.names.includes("forward")) held.add(number % 12 < 6 ? "forward" : "left");
+    if (!this.touched && this.names.includes("forward")) {
+      this.turning = isWall(view) ? TURN : Math.max(0, this.turning - 1);
+      held.add(this.turning ? "left" : "forward");
+    }
     const turn = held.has("left") ? "left" : held.has("right") ? "right" : "";
     const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : "";
     const found = [walk && turn && `${walk}-${turn}`, walk, turn, "noop"].find((name) => name && this.names!.includes(name));
@@ -128,4 +135,15 @@ export class Controls {
     window.addEventListener("blur", release);
     document.addEventListener("visibilitychange", release);
   }
+}
+
+/** Whether a picture is much the same all over. */
+function isWall(view: HTMLCanvasElement): boolean {
+  const { pen } = canvasOf([4, 4]);
+  pen.drawImage(view, 0, 0, 4, 4);
+  const { data } = pen.getImageData(0, 0, 4, 4), mean = (list: number[]) => list.reduce((a, b) => a + b) / list.length;
+  return mean([0, 1, 2].map((channel) => {
+    const levels = [...data].filter((_, i) => i % 4 === channel), middle = mean(levels);
+    return Math.sqrt(mean(levels.map((level) => (level - middle) ** 2)));
+  })) < WALL;
 }

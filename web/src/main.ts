@@ -128,7 +128,7 @@ async function startPictures(index: number): Promise<ImageBitmap[]> {
 }
 
 async function step(): Promise<void> {
-  const frame = await ask<Frame>("step", { action: controls.action(numFrames), numSteps: numSteps() });
+  const frame = await ask<Frame>("step", { action: controls.action(screen), numSteps: numSteps() });
   const [height, width] = config.frame_size;
   await keep(frame.number, await createImageBitmap(new ImageData(frame.picture as ImageDataArray, width, height)));
   numFrames = frame.number + 1;
@@ -137,9 +137,9 @@ async function step(): Promise<void> {
   find("#loading").hidden = true;
   arrivals = [...arrivals, performance.now()].slice(-20);
   const rate = (1000 * (arrivals.length - 1)) / (arrivals[arrivals.length - 1] - arrivals[0]) || 0;
-  const place = frame.backend === "webgpu" ? "GPU (WebGPU)" : `CPU (WASM, threads: ${loaded.threads})`;
+  const place = frame.backend === "webgpu" ? "on your GPU" : "on your CPU";
   find("#status").textContent = `Frame ${frame.number} · ${rate.toFixed(1)} frames/s · ${place}`;
-  find("#status").title = frame.note;
+  find("#status").title = frame.note || `threads: ${loaded.threads}`;
   document.body.dataset.frame = String(frame.number);
   const wait = 1000 / MOST_RATE - frame.milliseconds;
   if (wait > 0) await new Promise((done) => setTimeout(done, wait));

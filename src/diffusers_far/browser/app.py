@@ -28,6 +28,8 @@ from .visitors import Gate, Visitors
 TITLE = "FAR: video, frame after frame"
 DEFAULT_SIDE = 64  # of frames where nothing else says it
 MAX_JOBS_WAITING = 64
+# Gradio's own colour of the tab that is open is too faint on white.
+CONTRAST = "button[role=tab].selected { color: #b23c05 } .dark button[role=tab].selected { color: #f97316 }"
 CLEANING = (600, 3600)  # every ten minutes, videos that are an hour old are removed
 
 
@@ -63,8 +65,8 @@ def build_app(
     starts = fit_starts(starts, size, pipeline.transformer.action_space)
     with gr.Blocks(title=TITLE, delete_cache=CLEANING) as app:
         gr.Markdown(
-            f"## {TITLE}\nThis model knows only {world or 'what it was trained with'}. To load another: "
-            "`diffusers-far play --checkpoint FOLDER`"
+            f"# {TITLE}\nThere is no game and no map: a video model draws every picture from those before "
+            f"it and from what you press. It knows only {world or 'what it was trained with'}."
         )
         with gr.Tab("Play"):
             play_tab(pipeline, players, starts, size)
@@ -73,6 +75,7 @@ def build_app(
         if players.games_share_a_device:  # it plays four at once
             with gr.Tab("Compare context"):
                 compare_tab(pipeline, players, visitors, starts, size)
+        gr.Markdown("To load another model: `diffusers-far play --checkpoint FOLDER`")
     return app.queue(default_concurrency_limit=2, max_size=MAX_JOBS_WAITING)
 
 
@@ -88,6 +91,8 @@ def serve(app: gr.Blocks, visitors: Visitors, **options: Any) -> str:
         prevent_thread_lock=True,
         max_file_size=f"{MAX_UPLOAD_MB}mb",
         app_kwargs={"middleware": [Middleware(Gate, visitors=visitors)]},
+        css=CONTRAST,
+        footer_links=[],
         **options,
     )
     return str(url)

@@ -7,10 +7,15 @@ const KEYS = {
   ArrowDown: "back", KeyS: "back",
 };
 const ARROWS = { "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓" };
+const WALL = 12; // levels by which the parts of a picture differ, at least, if it is more than a wall
+const TURN = 4; // frames in which a game that goes on by itself turns away from one
+const WALKED = 120; // frames that a game goes on by itself when the page is opened, as nobody may be looking
 const player = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const held = new Set(); // directions of keys and buttons that are down
 let chosen = null; // of groups of actions, or of the numbers of a vector: what each is, until it is changed
 let options = null, named = false, playing = false, waiting = false, start = 0, picked = null, alive = false;
+let turning = 0; // frames still to turn, of a game that goes on by itself
+let walked = null; // frames that the game went on by itself; null once anything was pressed
 let pictures = new Map(); // frames that are in the context, for the strip
 let arrivals = []; // times of the last frames, for the rate
 const HUB = "https://huggingface.co", HUB_HEADERS_LAST = 20000; // milliseconds
@@ -30,13 +35,29 @@ function settings() {
 function action() {
   if (chosen) return [...chosen];
   if (!named) return held.size ? Number([...held].at(-1)) : null;
-  const turn = held.has("left") ? "left" : held.has("right") ? "right" : null;
-  const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : null;
+  if (walked !== null) turning = isWall() ? TURN : Math.max(0, turning - 1);
+  const down = walked === null ? held : new Set([turning ? "left" : "forward"]);
+  const turn = down.has("left") ? "left" : down.has("right") ? "right" : null;
+  const walk = down.has("forward") ? "forward" : down.has("back") ? "back" : null;
   for (const name of [walk && turn && walk + "-" + turn, walk, turn, "noop"]) {
     const index = name ? options.actions.indexOf(name) : -1;
     if (index >= 0) return index;
   }
   return null;
+}
+
+// Whether the picture is much the same all over.
+function isWall() {
+  const small = document.createElement("canvas"), mean = (list) => list.reduce((a, b) => a + b) / list.length;
+  Object.assign(small, { width: 4, height: 4 });
+  const smallPen = small.getContext("2d", { willReadFrequently: true });
+  smallPen.imageSmoothingQuality = "high";
+  smallPen.drawImage(canvas, 0, 0, 4, 4);
+  const { data } = smallPen.getImageData(0, 0, 4, 4);
+  return mean([0, 1, 2].map((channel) => {
+    const levels = [...data].filter((_, i) => i % 4 === channel), middle = mean(levels);
+    return Math.sqrt(mean(levels.map((level) => (level - middle) ** 2)));
+  })) < WALL;
 }
 
 function show(error) {
@@ -150,6 +171,7 @@ async function step() {
 
 function pause() {
   playing = false;
+  walked = null;
   arrivals = [];
   find("run").textContent = "Play";
 }
@@ -161,6 +183,7 @@ async function run() {
   while (playing && element.isConnected) {
     await step();
     await new Promise(requestAnimationFrame);
+    if (walked !== null && ++walked === WALKED) pause();
   }
 }
 
@@ -170,6 +193,7 @@ function choose(value, button) {
 }
 
 function press(name, down) {
+  if (down) walked = null;
   down ? held.add(name) : held.delete(name);
   element.querySelectorAll(".far-pad button").forEach((button) => {
     button.classList.toggle("held", keysOf(button.dataset.action).every((part) => held.has(part)));
@@ -264,7 +288,8 @@ function build() {
   }
   if (options.groups) buildGroups();
   if (options.numbers) buildNumbers();
-  find("keys").textContent = chosen ? "What you choose above stays until you change it." : named ? "Arrow keys, WASD, or the buttons under the picture."
+  find("keys").textContent = chosen ? "What you choose above stays until you change it."
+    : named ? "Keys: arrow keys, WASD, or the buttons." + (options.lent_gpu ? "" : " Until you press one, it walks by itself.")
     : buttons.length ? `Keys 0 to ${Math.min(9, buttons.length - 1)}, or the buttons under the picture.` : "";
   find("guidance").closest(".far-setting").hidden = !options.guidance;
   find("memory").closest(".far-setting").hidden = !options.long;
@@ -355,4 +380,8 @@ window.addEventListener("pagehide", (event) => {
   build();
   await begin();
   element.dataset.ready = "yes";
+  // A GPU that is lent counts against the visitor, who has not asked for it yet.
+  if (!alive || playing || options.lent_gpu || new URLSearchParams(location.search).has("paused")) return;
+  walked = 0;
+  run();
 })();

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
@@ -96,10 +96,7 @@ def export_onnx(
     )
     ring, window = _context_size(rollout)
     channels, *size = rollout.context_latents.shape[2:]
-    weights_dtype = torch.float16 if dtype == "float16" else torch.float32
-    model = _copied(pipeline.transformer, weights_dtype)
-    model.set_attn_processor(PlainAttnProcessor())
-    vae = _copied(pipeline.vae, weights_dtype)
+    model = pipeline.transformer
     num_tokens = model.tokens_per_frame(*size)[1]
     samplers = {
         str(number): sampler_weights(rollout.scheduler, number, num_tokens, model.config.use_meanflow)
@@ -108,30 +105,15 @@ def export_onnx(
     scale = pipeline.vae_scale_factor
     frame_size = size[0] * scale, size[1] * scale
     check_starts(starts, frame_size, model.action_space)
-    slots = max(1, ring)
-    step, commit = (graph(model, slots, window, *size) for graph in (StepGraph, CommitGraph))
-    latents = torch.zeros(1, channels, *size)
-    pixels = torch.zeros(1, 3, *frame_size)
-    ring_names = ["ring_keys", "ring_values"]
-    window_names = ["window_keys", "window_values"] if window else []
-    graphs: dict[str, tuple[nn.Module, dict[str, Any], list[str]]] = {
-        "step": (step, example_inputs(step, slots), ["velocity"]),
-        "commit": (
-            commit,
-            example_inputs(commit, slots),
-            [f"new_{name}" for name in ring_names] + window_names,
-        ),
-        "encode": (EncodeGraph(vae), {"pixels": pixels}, ["latents"]),
-        "decode": (DecodeGraph(vae), {"latents": latents}, ["pixels"]),
-    }
+    graphs = graph_modules(pipeline, rollout, torch.float16 if dtype == "float16" else torch.float32)
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:
         folder.mkdir()
         tensors = {}
         with SharedWeights(folder / SHARED) as shared:
-            for name, (graph, inputs, outputs) in graphs.items():
+            for name, graph in graphs.items():
                 is_rollout = name in ("step", "commit")
-                proto = _as_onnx(graph, inputs, outputs, quantized=is_rollout and dtype == "int8")
+                proto = _as_onnx(graph, quantized=is_rollout and dtype == "int8")
                 if is_rollout:
                     shared.take(proto)
                 tensors[name] = _write_graph(proto, folder / f"{name}.onnx")
@@ -166,6 +148,48 @@ def export_onnx(
         }
         (folder / "rollout.json").write_text(json.dumps(config, indent=1) + "\n")
     return output
+
+
+class GraphModule(NamedTuple):
+    """A graph before its export: a module, an example of its inputs by name, and the names of its outputs."""
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    outputs: list[str]
+
+
+def graph_modules(
+    pipeline: FARVideoPipeline, rollout: Rollout, dtype: torch.dtype = torch.float32
+) -> dict[str, GraphModule]:
+    """The graphs of an export by name: "step", "commit", "encode" and "decode".
+
+    Args:
+        pipeline: stays as it is; the modules have copies of its weights on the CPU.
+        rollout: of this pipeline, for one video: its frames' size and its context are those of the graphs.
+        dtype: of weights, keys and values.
+
+    Raises:
+        ValueError: for a context that an export cannot have.
+    """
+    ring, window = _context_size(rollout)
+    channels, *size = rollout.context_latents.shape[2:]
+    model = _copied(pipeline.transformer, dtype)
+    model.set_attn_processor(PlainAttnProcessor())
+    vae = _copied(pipeline.vae, dtype)
+    slots = max(1, ring)
+    step, commit = (graph(model, slots, window, *size) for graph in (StepGraph, CommitGraph))
+    latents = torch.zeros(1, channels, *size)
+    pixels = torch.zeros(1, 3, *(side * pipeline.vae_scale_factor for side in size))
+    ring_names = ["ring_keys", "ring_values"]
+    window_names = ["window_keys", "window_values"] if window else []
+    return {
+        "step": GraphModule(step, example_inputs(step, slots), ["velocity"]),
+        "commit": GraphModule(
+            commit, example_inputs(commit, slots), [f"new_{name}" for name in ring_names] + window_names
+        ),
+        "encode": GraphModule(EncodeGraph(vae), {"pixels": pixels}, ["latents"]),
+        "decode": GraphModule(DecodeGraph(vae), {"latents": latents}, ["pixels"]),
+    }
 
 
 def _context_size(rollout: Rollout) -> tuple[int, int]:
@@ -261,14 +285,14 @@ def _checksum(path: Path) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _as_onnx(graph: nn.Module, inputs: dict[str, Any], outputs: list[str], quantized: bool) -> Any:
+def _as_onnx(graph: GraphModule, quantized: bool) -> Any:
     """A graph as an `onnx.ModelProto`."""
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            graph.eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=outputs,
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            input_names=list(graph.inputs),
+            output_names=graph.outputs,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
