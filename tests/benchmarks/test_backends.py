@@ -1,7 +1,6 @@
 """benchmarks/backends.py and export.py on a tiny model; nothing is compiled, speeds are checked for sense."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -22,11 +21,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    repository: Path, script: str, *arguments: object, **environ: str
-) -> subprocess.CompletedProcess[str]:
-    command = [f"benchmarks/{script}.py", *map(str, arguments)]
-    return run_python(command, cwd=repository, env=os.environ | environ)
+def run(repository: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python([f"benchmarks/{script}.py", *map(str, arguments)], cwd=repository)
 
 
 def test_backends_make_the_same_frames(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -58,34 +54,32 @@ def test_backends_make_the_same_frames(repository: Path, checkpoint: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("options", "environ", "message"),
+    ("options", "message"),
     [
-        (["--backends", "eager jax"], {}, "--backends: got 'eager jax'; it takes some of eager compile aoti"),
-        (
-            ["--case", "5"],
-            {},
-            "--case: got 5; it takes CHECKPOINT:STEPS, such as checkpoints/far-doom-maze-64:5",
-        ),
-        (
-            ["--backends", "aoti"],
-            {"CXX": "/no/g++"},
-            "compile and aoti need a C++ compiler, and none was found",
-        ),
+        (["--backends", "eager jax"], "--backends: got 'eager jax'; it takes some of eager compile aoti"),
+        (["--case", "5"], "--case: got 5; it takes CHECKPOINT:STEPS, such as checkpoints/far-doom-maze-64:5"),
     ],
 )
-def test_what_it_cannot_do_is_told(
-    repository: Path, tmp_path: Path, options: list[str], environ: dict[str, str], message: str
-) -> None:
-    done = run(repository, "backends", "--output", tmp_path / "results", *options, **environ)
+def test_wrong_options_are_told(repository: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    done = run(repository, "backends", "--output", tmp_path / "results", *options)
     assert done.returncode == 1 and message in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_compiler_is_told(repository: Path, tmp_path: Path) -> None:
+    code = "import runpy, sys, torch._inductor.config as config; config.cpp.cxx = ('/no/g++',)\n"
+    code += "sys.path.insert(0, 'benchmarks'); runpy.run_path('benchmarks/backends.py', run_name='__main__')"
+    options = ["--output", str(tmp_path / "results"), "--backends", "aoti"]
+    done = run_python(["-c", code, *options], cwd=repository)
+    assert done.returncode == 1
+    assert "compile and aoti need a C++ compiler, and none was found" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_size_and_error_of_an_export(repository: Path, checkpoint: Path) -> None:
-    options = ["--given", 3, "--frames", 2, "--num-threads", 1, "--dtypes", "float32 float16"]
+    options = ["--given", 3, "--frames", 2, "--num-threads", 1, "--dtypes", "float16"]
     done = run(repository, "export", checkpoint, *options)
     assert done.returncode == 0, done.stderr
-    single, half = map(json.loads, done.stdout.splitlines()[-2:])
-    assert (single["dtype"], half["dtype"]) == ("float32", "float16")
-    assert 0 < single["largest_error"] < 1e-4 < half["largest_error"] < 0.05
-    assert 0 < half["megabytes"]["decode.onnx"] < 0.7 * single["megabytes"]["decode.onnx"]
+    half = json.loads(done.stdout.splitlines()[-1])
+    assert half["dtype"] == "float16" and 1e-5 < half["largest_error"] < 0.05
+    assert sum(half["megabytes"].values()) > half["megabytes"]["decode.onnx"] > 0
