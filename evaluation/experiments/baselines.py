@@ -426,18 +426,17 @@ def cost(kind: str, arguments: argparse.Namespace, step: int) -> dict[str, float
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = memory("VmRSS")
     model = load_model(kind, arguments, step, device)
-    if kind == "SimVP":
-        height, width = model.config.frame_shape[1:]
-        coder = None
-    else:
+    coder = None
+    if kind == "FAR":
+        coder = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED)
+    elif kind == "UNet":
         coder = make_coder(arguments.autoencoder, device)
+    height, width = LatentVideos(Path(options_of(kind, arguments).latents) / "train").frame_shape[1:]
+    if coder is not None:
         ratio = coder.vae.spatial_compression_ratio
-        videos = LatentVideos(arguments.latents / "train")
-        height, width = (side * ratio for side in videos.frame_shape[1:])
-    generator = torch.Generator().manual_seed(0)
-    observed = torch.rand(1, OBSERVED, 3, height, width, generator=generator)
+        height, width = height * ratio, width * ratio
+    observed = torch.rand(1, OBSERVED, 3, height, width, generator=torch.Generator().manual_seed(0))
     actions = torch.zeros(1, OBSERVED + PREDICTED, dtype=torch.long)
-    pipeline = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED) if kind == "FAR" else None
 
     @torch.no_grad()
     def once() -> Tensor:
@@ -445,8 +444,8 @@ def cost(kind: str, arguments: argparse.Namespace, step: int) -> dict[str, float
             return predict_pixels(model, observed, actions)
         latents = coder.vae.encode(observed[0].to(device) * 2 - 1).latent[None]
         context = latents * coder.vae.config.scaling_factor
-        if pipeline is not None:
-            made = predict(pipeline, context, actions, 1, seed=0, num_inference_steps=arguments.steps)
+        if kind == "FAR":
+            made = predict(coder, context, actions, 1, seed=0, num_inference_steps=arguments.steps)
         else:
             source = torch.Generator().manual_seed(0)
             made = roll_out(model, context, actions, [source], arguments.steps)
