@@ -34,37 +34,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: this file is run as a script
 
 from diffusers_far import FARTransformer3DModel
 from diffusers_far.evaluation.tables import table
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, frame_loss, set_timesteps, velocity_target
-from diffusers_far.fvd import I3D, frechet_distance
-from diffusers_far.lpips import LPIPS
-from diffusers_far.metrics import psnr
 from diffusers_far.tokens import patchify, unpatchify
 from diffusers_far.training.clips import Clips, LatentVideos
 from diffusers_far.training.make_pipeline import make_scheduler
 from diffusers_far.training.objectives import draw_noise, noisy_window, velocity
 from diffusers_far.training.options import FAROptions
 from diffusers_far.whole_files import written_whole
-from evaluation.experiments import equal_time
 from evaluation.experiments.equal_time import (
     NEW_MODEL,
     SIZES,
     Kept,
-    held_out_clips,
+    MarkTrainer,
+    Measures,
+    flops_per_step,
+    make_coder,
     make_pipeline,
     new_model,
+    over_walks,
     parse_arguments,
     run_options,
     seconds_per_step,
+    snapshot,
+    spread_clips,
+    train_to_end,
     write_results,
 )
 from evaluation.experiments.flex_rope import BiasAttnProcessor
-from evaluation.world_model import decode, predict
+from evaluation.world_model import predict
 
 KINDS = ("FAR", "bidirectional", "tokens")
 OBSERVED, PREDICTED = 8, 16  # frames of a clip
@@ -288,8 +290,8 @@ def make_model(kind: str, videos: LatentVideos, full: bool) -> FARTransformer3DM
     return give_codes(model) if kind == "tokens" else model
 
 
-class Trainer(equal_time.Trainer):
-    """Trains one of `KINDS`, and keeps its averaged weights at each mark: OUTPUT/step-<step>.safetensors."""
+class Trainer(MarkTrainer):
+    """Trains one of `KINDS`."""
 
     def __init__(self, kind: str, codebook: Codebook, full: bool, options: FAROptions) -> None:
         super().__init__(lambda videos: make_model(kind, videos, full), options)
@@ -299,32 +301,12 @@ class Trainer(equal_time.Trainer):
             autocast = self.run.accelerator.autocast
             self.objective = NextCode(self.network, codebook, autocast)  # type: ignore[assignment]
 
-    def validate(self) -> dict[str, float]:
-        path = snapshot(Path(self.options.output_dir), self.run.clock.step)
-        weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
-        with written_whole(path) as unfinished:
-            save_file(weights, unfinished)
-        return {}
-
-    def save_weights(self) -> None:
-        """Those of the marks are enough."""
-
-
-def snapshot(folder: Path, step: int) -> Path:
-    return folder / f"step-{step}.safetensors"
-
 
 def plan(
     trainers: dict[str, Callable[[FAROptions], Trainer]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """By kind: `steps`, a multiple of the marks, and `flops_per_step`."""
-    flops = {}
-    for kind, make_trainer in trainers.items():
-        counter = FlopCounterMode(display=False)
-        trainer = make_trainer(options_of(kind, arguments))
-        with counter:
-            trainer.step(0)
-        flops[kind] = counter.get_total_flops()
+    flops = {kind: flops_per_step(trainer, options_of(kind, arguments)) for kind, trainer in trainers.items()}
     seconds = seconds_per_step(trainers["FAR"], options_of("FAR", arguments))
     total = arguments.minutes * 60 / seconds * flops["FAR"]
     marks = arguments.marks
@@ -353,69 +335,44 @@ def options_of(kind: str, arguments: argparse.Namespace, steps: int | None = Non
 # Measuring
 
 
-class Measures:
-    """Figures of predictions of the held-out clips.
+def predictions(
+    kind: str,
+    model: FARTransformer3DModel,
+    codebook: Codebook,
+    clips: tuple[Tensor, Tensor],
+    arguments: argparse.Namespace,
+) -> Tensor:
+    """`[N, 16, C, h, w]` of a model.
 
     Args:
         clips: latents `[N, 24, C, h, w]` and actions `[N, 24]`.
     """
-
-    def __init__(self, clips: tuple[Tensor, Tensor], arguments: argparse.Namespace) -> None:
-        self.latents, self.actions = clips
-        self.arguments = arguments
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.lpips, self.i3d = LPIPS(), I3D().to(self.device)
-        self.truth: Tensor | None = None  # features
-
-    def predictions(self, kind: str, model: FARTransformer3DModel, codebook: Codebook) -> Tensor:
-        """`[N, 16, C, h, w]` of a model."""
-        size, made = self.arguments.measured_at_once, []
-        context = self.latents[:, :OBSERVED]
-        if kind == "FAR":
-            pipeline = make_pipeline(model, self.arguments.autoencoder, OBSERVED + PREDICTED)
-            return predict(pipeline, context, self.actions, size, seed=0, num_inference_steps=STEPS)
-        for chosen in torch.arange(len(context)).split(size):
-            sources = [torch.Generator().manual_seed(clip) for clip in chosen.tolist()]
-            clips = (context[chosen], self.actions[chosen], sources)
-            if kind == "bidirectional":
-                made.append(predict_jointly(model, *clips))
-            else:
-                made.append(predict_codes(model, codebook, *clips))
-        return torch.cat(made)
-
-    def __call__(self, model: FARTransformer3DModel, made: Tensor) -> dict[str, Any]:
-        """PSNR and LPIPS by clip, of the first frame and of all, and FVD."""
-        pipeline = make_pipeline(model, self.arguments.autoencoder, OBSERVED + PREDICTED)
-        size = PREDICTED * self.arguments.measured_at_once
-        frames, truth = (decode(pipeline, part, size) for part in (made.float(), self.latents[:, OBSERVED:]))
-        quality, distance = psnr(frames, truth), self.lpips.by_frame(frames, truth, size)
-        if self.truth is None:
-            self.truth = self.features(truth)
-        return {
-            "psnr_1": quality[:, 0].tolist(),
-            "psnr": quality.mean(dim=1).tolist(),
-            "lpips_1": distance[:, 0].tolist(),
-            "lpips": distance.mean(dim=1).tolist(),
-            "fvd": frechet_distance(self.features(frames), self.truth),
-        }
-
-    def features(self, frames: Tensor) -> Tensor:
-        return torch.cat([self.i3d(video.to(self.device)).cpu() for video in frames.split(1)])
+    latents, actions = clips
+    size, made, context = arguments.measured_at_once, [], latents[:, :OBSERVED]
+    if kind == "FAR":
+        pipeline = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED)
+        return predict(pipeline, context, actions, size, seed=0, num_inference_steps=STEPS)
+    for chosen in torch.arange(len(context)).split(size):
+        sources = [torch.Generator().manual_seed(clip) for clip in chosen.tolist()]
+        part = (context[chosen], actions[chosen], sources)
+        if kind == "bidirectional":
+            made.append(predict_jointly(model, *part))
+        else:
+            made.append(predict_codes(model, codebook, *part))
+    return torch.cat(made)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Telling
 
 
-def rows_of(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means and standard errors over clips, in the order of `measured`."""
+def rows_of(measured: dict[str, dict[str, Any]], walks: list[int]) -> list[dict[str, Any]]:
+    """Means and standard errors over the walks of clips, in the order of `measured`."""
     rows = []
     for values in measured.values():
         row: dict[str, Any] = {name: values.get(name) for name in ("kind", "steps", "petaflops")}
         for name in ("psnr_1", "psnr", "lpips_1", "lpips"):
-            found = torch.tensor(values[name])
-            error = found.std().item() / len(found) ** 0.5 if len(found) > 1 else 0.0
-            row[name] = {"mean": found.mean().item(), "standard_error": error}
+            row[name] = over_walks(values[name], walks)
         rows.append(row | {"fvd": values["fvd"]})
     return rows
 
@@ -467,18 +424,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def cut_clips(videos: LatentVideos, number: int) -> tuple[Tensor, Tensor]:
-    """So many clips of 24 frames, evenly spread over the videos and in them."""
-    length, rounds = OBSERVED + PREDICTED, -(-number // len(videos))
-    clips = []
-    for index in range(number):
-        walk, which = index % len(videos), index // len(videos)
-        end = length + (videos.num_frames[walk] - length) * (which + 1) // (rounds + 1)
-        clips.append(held_out_clips(videos, [walk], end, length))
-    latents, actions = (torch.cat(part) for part in zip(*clips, strict=True))
-    return latents, actions
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -487,15 +432,17 @@ def main() -> None:
     parser.add_argument("--marks", type=int, default=3, help="at which models are measured, evenly spread")
     parser.add_argument("--clips", type=int, default=64, help="held-out ones")
     arguments = parse_arguments(parser, FULL, measured_at_once=16)
-    if arguments.clips < 2:
-        parser.error(f"--clips {arguments.clips}: FVD takes 2 or more")
-    validation = LatentVideos(arguments.latents / "validation")
-    measures = Measures(cut_clips(validation, arguments.clips), arguments)  # first: weights may be missing
+    validation, videos = (LatentVideos(arguments.latents / split) for split in ("validation", "train"))
+    latents, actions, walks = spread_clips(validation, arguments.clips, OBSERVED + PREDICTED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    true = latents[:, OBSERVED:]
+    # First, as weights of what measures may be missing.
+    measures = Measures(make_coder(arguments.autoencoder, device), true, arguments.measured_at_once)
     names = ("latents", "full", "minutes", "marks", "clips", "batch_size", "mixed_precision")
     settings = {name: getattr(arguments, name) for name in names}
     kept = Kept(arguments.output / "measured.json", settings)
 
-    videos, patch = LatentVideos(arguments.latents / "train"), SIZES[arguments.full].patch_size
+    patch = SIZES[arguments.full].patch_size
     codes = arguments.output / "codes.safetensors"
     if not codes.exists():
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -509,15 +456,11 @@ def main() -> None:
     trainers = {kind: trainer_of(kind) for kind in KINDS}
     planned = kept("plan", lambda: plan(trainers, arguments))
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[arguments.mixed_precision]
-    device = measures.device
     measured: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         steps, folder = planned[kind]["steps"], arguments.output / kind
-        if (
-            not snapshot(folder, steps).exists()
-            and not trainers[kind](options_of(kind, arguments, steps)).train()
-        ):
-            sys.exit(f"{kind}: interrupted; start again to go on")
+        if not snapshot(folder, steps).exists():
+            train_to_end(trainers[kind](options_of(kind, arguments, steps)))
         for mark in range(1, arguments.marks + 1):
             step = steps // arguments.marks * mark
 
@@ -526,20 +469,24 @@ def main() -> None:
                 model.load_state_dict(load_file(snapshot(folder, step)))
                 model = model.eval().to(device, dtype)
                 petaflops = step * planned[kind]["flops_per_step"] / 1e15
-                made = measures.predictions(kind, model, codebook)
-                return {"kind": kind, "steps": step, "petaflops": petaflops, **measures(model, made)}
+                made = predictions(kind, model, codebook, (latents, actions), arguments)
+                return {
+                    "kind": kind,
+                    "steps": step,
+                    "petaflops": petaflops,
+                    **measures(measures.decode(made)),
+                }
 
             name = f"{kind} {mark}"
             measured[name] = kept(name, measure)
             print(f"{name}: FVD {measured[name]['fvd']:.0f}", file=sys.stderr, flush=True)
 
     def measure_codes() -> dict[str, Any]:
-        true = measures.latents[:, OBSERVED:]
-        model = make_model("FAR", videos, arguments.full).to(device)  # for its device
-        return {"kind": "codes", **measures(model, codebook.decode(codebook.encode(true), *true.shape[-2:]))}
+        made = codebook.decode(codebook.encode(true), *true.shape[-2:])
+        return {"kind": "codes", **measures(measures.decode(made))}
 
     measured["codes"] = kept("codes", measure_codes)
-    rows = rows_of(measured)
+    rows = rows_of(measured, walks)
     text = markdown(rows)
     facts = {"minutes": arguments.minutes, "clips": arguments.clips, "plan": planned, "rows": rows}
     write_results(arguments.output, facts, text)

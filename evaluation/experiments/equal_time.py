@@ -3,6 +3,9 @@
 Time is that of a processor (on a GPU that of the clock), so that other work on the machine does not change
 who wins: the cost of a step is measured first, and each model gets as many steps as fit into the minutes. All
 models of one experiment see the same batches, as these depend on the seed and the step alone.
+
+Models whose steps are of other kinds get equal floating-point operations in place of time: as many as the
+first of them does in its minutes.
 """
 
 import argparse
@@ -13,18 +16,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_far import FARTransformer3DModel, FARVideoPipeline
 from diffusers_far.attention import FARAttnProcessor
 from diffusers_far.evaluation.machine import describe
+from diffusers_far.fvd import I3D, frechet_distance
+from diffusers_far.lpips import LPIPS
 from diffusers_far.memory_loss import change_long_frames, window_loss
+from diffusers_far.metrics import psnr
 from diffusers_far.training.clips import LatentVideos, action_options
 from diffusers_far.training.make_pipeline import make_scheduler
 from diffusers_far.training.matmul_attn_processor import MatmulAttnProcessor
@@ -32,6 +41,7 @@ from diffusers_far.training.options import FAROptions, ModelOptions
 from diffusers_far.training.pretrained import Change, change_model, mean_of_tokens
 from diffusers_far.training.train_far import FARTrainer
 from diffusers_far.whole_files import written_whole
+from evaluation.world_model import decode
 
 CALIBRATION_STEPS = 10  # whose cost says how many steps a model gets
 SAMPLING_STEPS = 5  # of UniPC, of a frame
@@ -97,6 +107,25 @@ class Trainer(FARTrainer):
         return self.make_model(videos), None, None
 
 
+class MarkTrainer(Trainer):
+    """Trains one model, and keeps its averaged weights at each validation: OUTPUT/step-<step>.safetensors."""
+
+    def validate(self) -> dict[str, float]:
+        path = snapshot(Path(self.options.output_dir), self.run.clock.step)
+        weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
+        with written_whole(path) as unfinished:
+            save_file(weights, unfinished)
+        return {}
+
+    def save_weights(self) -> None:
+        """Those of the marks are enough."""
+
+
+def snapshot(folder: Path, step: int) -> Path:
+    """Where a `MarkTrainer` keeps weights."""
+    return folder / f"step-{step}.safetensors"
+
+
 def processor() -> Any:
     """The fastest attention to train with on this machine."""
     return FARAttnProcessor() if torch.accelerator.is_available() else MatmulAttnProcessor()
@@ -156,6 +185,20 @@ def seconds_per_step(make_trainer: Callable[[FAROptions], Trainer], options: FAR
     return (now(device) - started) / (CALIBRATION_STEPS - 1)
 
 
+def flops_per_step(make_trainer: Callable[[FAROptions], Trainer], options: FAROptions) -> int:
+    """Floating-point operations of one batch, forward, backward and optimizers, as PyTorch counts them."""
+    trainer = make_trainer(options)
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(0)
+    return counter.get_total_flops()
+
+
+def train_to_end(trainer: Trainer) -> None:
+    """Train for all steps of its options, or go on with that; ends the process if it is interrupted."""
+    if not trainer.train():
+        sys.exit(f"{Path(trainer.options.output_dir).name}: interrupted; start again to go on")
+
+
 def train(
     make_trainer: Callable[[FAROptions], Trainer], options: FAROptions, minutes: float
 ) -> tuple[Trainer, dict[str, Any]]:
@@ -174,8 +217,7 @@ def train(
             unfinished.write_text(json.dumps({"steps": number, "seconds_per_step": round(seconds, 3)}))
     planned: dict[str, Any] = json.loads(plan.read_text())
     trainer = make_trainer(replace(options, max_train_steps=planned["steps"]))
-    if not trainer.train():
-        sys.exit(f"{folder.name}: interrupted; start again to go on")
+    train_to_end(trainer)
     return trainer, planned
 
 
@@ -280,10 +322,20 @@ def measure(learner: nn.Module, targets: Targets, batch_size: int) -> dict[str, 
 
 def beside(values: Sequence[float], baseline: Sequence[float], walks: Sequence[int]) -> dict[str, float]:
     """Mean difference of values of the same targets, and its standard error over the walks they are of."""
-    difference, owners = np.array(values) - np.array(baseline), np.array(walks)
-    by_walk = np.array([difference[owners == walk].mean() for walk in np.unique(owners)])
+    found = over_walks(np.array(values) - np.array(baseline), walks)
+    return {"difference": found["mean"], "standard_error": found["standard_error"]}
+
+
+def over_walks(values: Sequence[float] | np.ndarray, walks: Sequence[int]) -> dict[str, float]:
+    """Mean of the means of walks, and its standard error.
+
+    Args:
+        walks: that the values are of.
+    """
+    found, owners = np.array(values), np.array(walks)
+    by_walk = np.array([found[owners == walk].mean() for walk in np.unique(owners)])
     error = by_walk.std(ddof=1) / len(by_walk) ** 0.5 if len(by_walk) > 1 else 0.0
-    return {"difference": float(by_walk.mean()), "standard_error": float(error)}
+    return {"mean": float(by_walk.mean()), "standard_error": float(error)}
 
 
 def make_pipeline(
@@ -300,6 +352,12 @@ def make_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def make_coder(autoencoder: Path, device: torch.device) -> FARVideoPipeline:
+    """A pipeline without a model, which decodes."""
+    vae = AutoencoderDC.from_pretrained(autoencoder).eval()
+    return FARVideoPipeline(None, vae.to(device), make_scheduler("UniPC"))
 
 
 def held_out_clips(
@@ -321,6 +379,68 @@ def held_out_clips(
         latents.append(videos.clip(walk, end - num_frames, num_frames))
         actions.append(known[end - num_frames : end])
     return torch.stack(latents), torch.stack(actions)
+
+
+def spread_clips(videos: LatentVideos, number: int, num_frames: int) -> tuple[Tensor, Tensor, list[int]]:
+    """So many clips, evenly spread over the videos and in them: latents, actions, and their walks."""
+    rounds = -(-number // len(videos))
+    clips, walks = [], []
+    for index in range(number):
+        walk, which = index % len(videos), index // len(videos)
+        end = num_frames + (videos.num_frames[walk] - num_frames) * (which + 1) // (rounds + 1)
+        clips.append(held_out_clips(videos, [walk], end, num_frames))
+        walks.append(walk)
+    latents, actions = (torch.cat(part) for part in zip(*clips, strict=True))
+    return latents, actions, walks
+
+
+class Measures:
+    """Figures of predictions of held-out clips, beside the true latents, decoded.
+
+    Args:
+        pipeline: that decodes.
+        truth: latents `[N, F, C, h, w]` of the frames to predict.
+        clips_at_once: that are decoded and looked at.
+    """
+
+    def __init__(self, pipeline: FARVideoPipeline, truth: Tensor, clips_at_once: int) -> None:
+        self.pipeline, self.latents, self.clips_at_once = pipeline, truth, clips_at_once
+        self.lpips, self.i3d = LPIPS(), I3D().to(pipeline.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames `[N, F, 3, H, W]` in [0, 1]."""
+        return decode(self.pipeline, latents.float(), self.clips_at_once * latents.shape[1])
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """The frames to predict."""
+        return self.decode(self.latents)
+
+    @cached_property
+    def true_features(self) -> Tensor:
+        return self.features(self.truth)
+
+    def features(self, frames: Tensor) -> Tensor:
+        device = self.pipeline.device
+        return torch.cat([self.i3d(video.to(device)).cpu() for video in frames.split(1)])
+
+    def __call__(self, frames: Tensor) -> dict[str, Any]:
+        """PSNR and LPIPS by clip, of the first frame and of all; their means by frame; FVD.
+
+        Args:
+            frames: `[N, F, 3, H, W]` in [0, 1].
+        """
+        size = self.clips_at_once * frames.shape[1]
+        quality, distance = psnr(frames, self.truth), self.lpips.by_frame(frames, self.truth, size)
+        return {
+            "psnr_1": quality[:, 0].tolist(),
+            "psnr": quality.mean(dim=1).tolist(),
+            "psnr_by_frame": quality.mean(dim=0).tolist(),
+            "lpips_1": distance[:, 0].tolist(),
+            "lpips": distance.mean(dim=1).tolist(),
+            "lpips_by_frame": distance.mean(dim=0).tolist(),
+            "fvd": frechet_distance(self.features(frames), self.true_features),
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,10 +514,12 @@ def parse_arguments(
     if parser.parse_known_args()[0].full:
         parser.set_defaults(**full)
     arguments = parser.parse_args()
-    for name in ("batch_size", "measured_at_once", "walks", "ends", "marks"):
+    for name in ("batch_size", "measured_at_once", "walks", "ends", "marks", "steps"):
         if getattr(arguments, name, 1) < 1:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} {getattr(arguments, name)}: it takes 1 or more")
+    if getattr(arguments, "clips", 2) < 2:
+        parser.error(f"--clips {arguments.clips}: FVD takes 2 or more")
     if arguments.minutes <= 0:
         parser.error(f"--minutes {arguments.minutes}: it takes more than 0")
     logging.basicConfig(level=logging.INFO)

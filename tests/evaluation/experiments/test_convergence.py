@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusers_far.tokens import patchify
 from diffusers_far.training.clips import Clips, LatentVideos
-from evaluation.experiments import convergence
+from evaluation.experiments import convergence, equal_time
 from evaluation.experiments.convergence import Codebook
 from tests import tiny_models
 
@@ -27,7 +27,8 @@ class Means(nn.Module):
 @pytest.fixture(autouse=True)
 def short_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "seconds_per_step", lambda make_trainer, options: 0.1)  # 6 steps
-    sizes = {"OBSERVED": OBSERVED, "PREDICTED": PREDICTED, "CODES": CODES, "STEPS": 2, "I3D": Means}
+    sizes = {"OBSERVED": OBSERVED, "PREDICTED": PREDICTED, "CODES": CODES, "STEPS": 2}
+    monkeypatch.setattr(equal_time, "I3D", Means)
     for name, value in sizes.items():
         monkeypatch.setattr(convergence, name, value)
 
