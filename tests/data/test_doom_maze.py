@@ -137,9 +137,9 @@ def test_revisit_walk_comes_back(tmp_path: Path) -> None:
     shares = {}
     for walk in ("explore", "revisit"):
         output = tmp_path / walk
-        recorded = record(output, "validation", list(range(3)), Settings(**settings, walk=walk))
+        recorded = record(output, "validation", list(range(5)), Settings(**settings, walk=walk))
         num, total = clips_with_revisit(recorded, 96)
-        assert total == 3 * (256 - 96 + 1)
+        assert total == 5 * (256 - 96 + 1)
         shares[walk] = num / total
         assert (
             f"| clips of 96 frames with a revisit | {num / total:.1%} |" in (output / "README.md").read_text()
@@ -154,8 +154,8 @@ def test_revisit_walk_comes_back(tmp_path: Path) -> None:
 
 def test_scripted_walk_regains_its_view(tmp_path: Path) -> None:
     settings = Settings(0, MIN_SCRIPTED_FRAMES, 4, "scripted", (3, 5))
-    recorded = record(tmp_path, "validation", list(range(len(SCRIPTS))), settings)
-    assert [episode["script"] for episode in recorded] == [*SCRIPTS]
+    recorded = record(tmp_path, "validation", list(range(2 * len(SCRIPTS))), settings)
+    assert [episode["script"] for episode in recorded] == [*SCRIPTS, *SCRIPTS]
     for episode in recorded:
         poses, start, end = np.array(episode["poses"]), episode["start_frame"], episode["return_frame"]
         distance = np.hypot(*(poses[:, :2] - poses[start, :2]).T)
