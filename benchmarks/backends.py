@@ -23,10 +23,11 @@ import numpy as np
 import onnxruntime
 import torch
 from machine import seconds
-from run import markdown, shown, write
+from run import shown, write
 
 from diffusers_far import FARVideoPipeline, read_video
 from diffusers_far.evaluation.machine import describe
+from diffusers_far.evaluation.tables import table
 from diffusers_far.export import ExportedRollout, export_onnx, seeded_noise
 from diffusers_far.export.onnx_export import GraphModule, graph_modules
 from diffusers_far.loading import load_pipeline
@@ -204,8 +205,8 @@ def measure_autoencoder(checkpoint: str, video: np.ndarray, min_run_time: float)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    return markdown(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])
+def table_of(rows: list[dict[str, Any]]) -> str:
+    return table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])
 
 
 @click.command()
@@ -251,7 +252,7 @@ def main(
         results["rows"] += rows
         click.echo("\n".join(map(json.dumps, rows)))
     results["autoencoder"] = measure_autoencoder(cases[0].rpartition(":")[0], episode[0], min_run_time)
-    write(output, results, [machine, table(results["rows"]), table(results["autoencoder"])])
+    write(output, results, [machine, table_of(results["rows"]), table_of(results["autoencoder"])])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from machine import bandwidth_gb, matmul_gflops
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout: this file is run as a script
 
 from diffusers_far.evaluation.machine import describe
+from diffusers_far.evaluation.tables import table
 from diffusers_far.whole_files import written_whole
 
 HERE = Path(__file__).resolve().parent
@@ -94,17 +95,17 @@ COLUMNS = {
 SHARED = ["peak_mb", "speedup", "memory_ratio", "share_of_limit", "largest_difference"]
 
 
-def table(task: str, rows: list[dict[str, Any]]) -> str:
+def table_of(task: str, rows: list[dict[str, Any]]) -> str:
     """Markdown; figures that both sides have are written "ours / published"."""
     names = [*COLUMNS[task], *SHARED]
-    lines = []
+    lines: list[list[object]] = []
     for row in rows:
-        cells = []
+        cells: list[object] = []
         for name in names:
             sides = [row[side][name] for side in ("ours", "published") if name in row.get(side, ())]
             cells.append(" / ".join(map(shown, sides or [row.get(name, "")])))
         lines.append(cells)
-    return markdown(names, lines)
+    return table(names, lines)
 
 
 def shown(value: Any) -> str:
@@ -112,12 +113,6 @@ def shown(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def markdown(names: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
 def write(output: Path, results: dict[str, Any], texts: list[str]) -> None:
@@ -161,7 +156,7 @@ def main() -> None:
         for case in cases[task]:
             rows.append(measure(case, options, arguments.published, gflops, gb))
             print(json.dumps(rows[-1]), flush=True)
-        tables.append(table(task, rows))
+        tables.append(table_of(task, rows))
         results["rows"] += rows
     if arguments.checkpoint:
         command = [sys.executable, str(HERE / "played.py"), arguments.checkpoint]

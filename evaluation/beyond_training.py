@@ -45,6 +45,7 @@ from diffusers_far.evaluation.tables import table
 from diffusers_far.memory_loss import window_loss
 from diffusers_far.whole_files import written_whole
 from evaluation.context_curve import TARGETS, Measure, load_episodes
+from evaluation.plots import colors, plotted
 from evaluation.world_model import predict
 
 NUM_SINKS = 4
@@ -272,24 +273,15 @@ def save(results: dict[str, Any], output: Path) -> None:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Plot the losses by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    axis.set(title="loss of a noisy window", xlabel="frames of context and window", ylabel="velocity loss")
-    by_name: dict[str, list[tuple[int, float]]] = {}
-    for row in results["losses"]:
-        by_name.setdefault(row["way"], []).append((row["frames"], row["loss"]))
-    colors = pyplot.get_cmap("turbo")(torch.linspace(0, 1, len(by_name)).numpy())  # a cycle has 10
-    for color, (name, points) in zip(colors, by_name.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), marker="o", label=name, color=color)
-    axis.legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (8, 4.5)) as (axis,):
+        axis.set(title="loss of a noisy window", xlabel="frames of context and window")
+        axis.set(ylabel="velocity loss")
+        by_name: dict[str, list[tuple[int, float]]] = {}
+        for row in results["losses"]:
+            by_name.setdefault(row["way"], []).append((row["frames"], row["loss"]))
+        for color, (name, points) in zip(colors(len(by_name)), by_name.items(), strict=True):
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, color=color)
+        axis.legend(fontsize="small")
 
 
 def difference(row: dict[str, Any], other: dict[str, Any], name: str) -> str:

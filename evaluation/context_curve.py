@@ -48,6 +48,7 @@ from diffusers_far.memory_loss import change_long_frames, memory_loss
 from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.video_files import read_video
 from diffusers_far.whole_files import written_whole
+from evaluation.plots import plotted
 from evaluation.world_model import by_frames_ahead, decode, encode, predict
 
 PARTS = ("curve", "scripted", "rollout", "loss")
@@ -393,43 +394,34 @@ def tables(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Plot the curve and the rollout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4))
-    names = {"psnr": "PSNR, dB", "lpips": "LPIPS", "revisit_psnr": "PSNR of revisits, dB"}
-    rows = [row for row in results.get("curve", {"rows": []})["rows"] if row["observed"] is not None]
-    for axis, (name, title) in zip(axes, names.items(), strict=False):
-        axis.set(title=title, xlabel="observed frames")
-        for mode in dict.fromkeys(row["mode"] for row in rows):
-            points = {
-                row["observed"]: row[name]["mean"] if name == "psnr" else row[name]
-                for row in sorted(rows, key=lambda row: row["observed"])
-                if row["mode"] == mode and row[name] is not None
-            }
-            if mode == "window":
-                for value in points.values():
-                    axis.axhline(value, linestyle="--", color="grey", label=mode)
-            elif points:
-                axis.plot(list(points), list(points.values()), marker="o", label=mode)
-        if axis.get_legend_handles_labels()[0]:
-            axis.set_xscale("log", base=2)
-            axis.legend()
-    axes[3].set(title="rollout, share of real", xlabel="frame")
-    if rollout := results.get("rollout"):
-        ends = [row["last"] for row in rollout["rows"]]
-        for name in rollout["real"]:
-            shares = [row[f"{name}_share"] for row in rollout["rows"]]
-            axes[3].plot(ends, shares, marker="o", label=name.replace("_", " "))
-        axes[3].axhline(1, linestyle="--", color="grey")
-        axes[3].set_ylim(bottom=0)
-        axes[3].legend()
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (18, 4), 4) as axes:
+        names = {"psnr": "PSNR, dB", "lpips": "LPIPS", "revisit_psnr": "PSNR of revisits, dB"}
+        rows = [row for row in results.get("curve", {"rows": []})["rows"] if row["observed"] is not None]
+        for axis, (name, title) in zip(axes, names.items(), strict=False):
+            axis.set(title=title, xlabel="observed frames")
+            for mode in dict.fromkeys(row["mode"] for row in rows):
+                points = {
+                    row["observed"]: row[name]["mean"] if name == "psnr" else row[name]
+                    for row in sorted(rows, key=lambda row: row["observed"])
+                    if row["mode"] == mode and row[name] is not None
+                }
+                if mode == "window":
+                    for value in points.values():
+                        axis.axhline(value, linestyle="--", color="grey", label=mode)
+                elif points:
+                    axis.plot(list(points), list(points.values()), marker="o", label=mode)
+            if axis.get_legend_handles_labels()[0]:
+                axis.set_xscale("log", base=2)
+                axis.legend()
+        axes[3].set(title="rollout, share of real", xlabel="frame")
+        if rollout := results.get("rollout"):
+            ends = [row["last"] for row in rollout["rows"]]
+            for name in rollout["real"]:
+                shares = [row[f"{name}_share"] for row in rollout["rows"]]
+                axes[3].plot(ends, shares, marker="o", label=name.replace("_", " "))
+            axes[3].axhline(1, linestyle="--", color="grey")
+            axes[3].set_ylim(bottom=0)
+            axes[3].legend()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -68,25 +68,32 @@ from diffusers_far.training.options import FAROptions
 from diffusers_far.transformer_far import LATER_OPTIONS
 from diffusers_far.whole_files import written_whole
 from evaluation.experiments.equal_time import (
+    DTYPES,
     NEW_MODEL,
+    QUALITY_HEADER,
     SAMPLING_STEPS,
     SIZES,
     Kept,
     MarkTrainer,
     Measures,
+    device_here,
     flops_per_step,
     make_coder,
     make_pipeline,
+    means,
     new_model,
-    over_walks,
     parse_arguments,
+    predict_in_parts,
+    quality_cells,
     run_options,
     seconds_per_step,
     snapshot,
+    sources_of,
     spread_clips,
     train_to_end,
     write_results,
 )
+from evaluation.plots import plotted
 from evaluation.world_model import decode, predict
 
 KINDS = ("FAR", "UNet", "SimVP")
@@ -339,7 +346,7 @@ def load_model(kind: str, arguments: argparse.Namespace, step: int, device: torc
     model.load_state_dict(load_file(snapshot(arguments.output / kind, step)))
     if kind == "FAR":
         model.set_attn_processor(FARAttnProcessor())  # what sampling is fastest with
-    return model.eval().to(device, {"no": torch.float32, "bf16": torch.bfloat16}[arguments.mixed_precision])
+    return model.eval().to(device, DTYPES[arguments.mixed_precision])
 
 
 @torch.no_grad()
@@ -385,11 +392,9 @@ def predict_latents(
     if kind == "FAR":
         pipeline = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED)
         return predict(pipeline, context, actions, size, seed=0, num_inference_steps=steps)
-    made = []
-    for chosen in torch.arange(len(context)).split(size):
-        sources = [torch.Generator().manual_seed(clip) for clip in chosen.tolist()]
-        made.append(roll_out(model, context[chosen], actions[chosen], sources, steps))
-    return torch.cat(made)
+    return predict_in_parts(
+        lambda *part: roll_out(model, *part, steps=steps), context, actions, clips_at_once=size
+    )
 
 
 def predictions(
@@ -423,7 +428,7 @@ def cost(kind: str, arguments: argparse.Namespace, step: int) -> dict[str, float
 
     The process is to have done nothing but its imports.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     before = memory("VmRSS")
     model = load_model(kind, arguments, step, device)
     coder = None
@@ -447,8 +452,7 @@ def cost(kind: str, arguments: argparse.Namespace, step: int) -> dict[str, float
         if kind == "FAR":
             made = predict(coder, context, actions, 1, seed=0, num_inference_steps=arguments.steps)
         else:
-            source = torch.Generator().manual_seed(0)
-            made = roll_out(model, context, actions, [source], arguments.steps)
+            made = roll_out(model, context, actions, sources_of([0]), arguments.steps)
         return decode(coder, made.float(), PREDICTED)
 
     once()
@@ -475,28 +479,12 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def rows_of(measured: dict[str, dict[str, Any]], walks: list[int]) -> list[dict[str, Any]]:
     """Means and standard errors over the walks of clips, in the order of `measured`."""
-    rows = []
-    for values in measured.values():
-        row = dict(values)
-        for name in ("psnr_1", "psnr", "lpips_1", "lpips"):
-            row[name] = over_walks(values[name], walks)
-        rows.append(row)
-    return rows
+    return [values | means(values, walks) for values in measured.values()]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables."""
-    quality: list[list[object]] = [
-        [
-            row["kind"],
-            *(
-                f"{row[name]['mean']:.{digits}f} ± {row[name]['standard_error']:.{digits}f}"
-                for name, digits in (("psnr_1", 2), ("psnr", 2), ("lpips_1", 3), ("lpips", 3))
-            ),
-            f"{row['fvd']:.0f}",
-        ]
-        for row in rows
-    ]
+    quality: list[list[object]] = [[row["kind"], *quality_cells(row)] for row in rows]
     costs: list[list[object]] = [
         [
             row["kind"],
@@ -510,7 +498,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for row in rows
         if "parameters" in row
     ]
-    header = ["model", "PSNR of frame 1", "of 16", "LPIPS of frame 1", "of 16", "FVD"]
     second = [
         "model",
         "weights",
@@ -520,35 +507,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "frames per second",
         "memory, MB",
     ]
-    return table(header, quality) + "\n\n" + table(second, costs) + "\n"
+    return table(["model", *QUALITY_HEADER], quality) + "\n\n" + table(second, costs) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """PSNR and LPIPS by frame, and FVD by speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    titles = {"psnr_by_frame": "PSNR, dB", "lpips_by_frame": "LPIPS"}
-    for axis, (name, title) in zip(axes[:2], titles.items(), strict=True):
-        axis.set(title=title, xlabel="frame of the prediction")
+    with plotted(path, (15, 4.5), 3) as axes:
+        titles = {"psnr_by_frame": "PSNR, dB", "lpips_by_frame": "LPIPS"}
+        for axis, (name, title) in zip(axes[:2], titles.items(), strict=True):
+            axis.set(title=title, xlabel="frame of the prediction")
+            for row in rows:
+                style = {"linestyle": "--", "color": "grey"} if row["kind"] == "repeat" else {"marker": "."}
+                axis.plot(range(1, len(row[name]) + 1), row[name], label=row["kind"], **style)
+        axes[2].set(title="FVD", xlabel="frames per second")
+        axes[2].set_xscale("log")
         for row in rows:
-            style = {"linestyle": "--", "color": "grey"} if row["kind"] == "repeat" else {"marker": "."}
-            axis.plot(range(1, len(row[name]) + 1), row[name], label=row["kind"], **style)
-    axes[2].set(title="FVD", xlabel="frames per second")
-    axes[2].set_xscale("log")
-    for row in rows:
-        if "frames_per_second" in row:
-            axes[2].plot([row["frames_per_second"]], [row["fvd"]], marker="o", linestyle="")
-        else:
-            axes[2].axhline(row["fvd"], linestyle="--", color="grey")
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+            if "frames_per_second" in row:
+                axes[2].plot([row["frames_per_second"]], [row["fvd"]], marker="o", linestyle="")
+            else:
+                axes[2].axhline(row["fvd"], linestyle="--", color="grey")
+        axes[0].legend(fontsize="small")
 
 
 def main() -> None:
@@ -562,13 +540,9 @@ def main() -> None:
     parser.add_argument("--unet-rate", type=float, default=6e-4, help="learning rate of UNet (AdamW)")
     parser.add_argument("--simvp-rate", type=float, default=1e-3, help="learning rate of SimVP (AdamW)")
     arguments = parse_arguments(parser, FULL, measured_at_once=16)
-    for name in ("unet_rate", "simvp_rate"):
-        if getattr(arguments, name) <= 0:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} {getattr(arguments, name)}: it takes more than 0")
     if "SimVP" in arguments.models and (missing := missing_package()):
         parser.error(f"--models SimVP: {missing}; {INSTALL}, or give --models FAR UNet")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     coder = make_coder(arguments.autoencoder, device)
     validation = LatentVideos(arguments.latents / "validation")
     latents, actions, walks = spread_clips(validation, arguments.clips, OBSERVED + PREDICTED)

@@ -38,7 +38,6 @@ from diffusers_far.lpips import LPIPS
 from diffusers_far.memory_loss import window_loss
 from diffusers_far.metrics import psnr, sharpness
 from diffusers_far.training.clips import LatentVideos
-from diffusers_far.whole_files import written_whole
 from evaluation.experiments.equal_time import (
     LEVELS,
     NEW_MODEL,
@@ -49,11 +48,14 @@ from evaluation.experiments.equal_time import (
     held_out_clips,
     make_pipeline,
     new_model,
+    noise_of,
     parse_arguments,
     run_options,
+    told,
     train_new,
     write_results,
 )
+from evaluation.plots import plotted
 from evaluation.world_model import decode, predict
 
 TRAINED = 16  # frames of a clip
@@ -123,12 +125,7 @@ def measure_loss(
                 for walk in chosen.tolist()
             ]
             latents, actions = (torch.cat(part) for part in zip(*clips, strict=True))
-            noise = torch.stack(
-                [
-                    torch.randn(latents[0, :1].shape, generator=torch.Generator().manual_seed(seed))
-                    for seed in (1000 * index + chosen).tolist()
-                ]
-            )
+            noise = noise_of((1000 * index + chosen).tolist(), latents[0, :1].shape)
             by_level = [window_loss(model, latents, actions, noise, level) for level in LEVELS]
             walks += chosen.tolist()
             losses += torch.stack(by_level).mean(dim=0).tolist()
@@ -182,14 +179,6 @@ def rows_of(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def told(value: dict[str, float], digits: int) -> str:
-    """A mean, and its difference."""
-    text = f"{value['mean']:.{digits}f}"
-    if value.get("difference"):
-        text += f" ({value['difference']:+.{digits}f} ± {value['standard_error']:.{digits}f})"
-    return text
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """All tables."""
     losses: list[list[object]] = [[row["way"], row["steps"], told(row["loss"], 4)] for row in rows]
@@ -208,27 +197,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """PSNR, LPIPS and sharpness by frame of the rollout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    titles = {"psnr": "PSNR, dB", "lpips": "LPIPS", "sharpness_share": "sharpness, share of real"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.set(title=title, xlabel="frame of the rollout")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        for row in rows:
-            found = [row[f"{name}_{ahead}"] for ahead in AHEAD]
-            values = [value["mean"] if isinstance(value, dict) else value for value in found]
-            axis.plot(AHEAD, values, marker="o", label=row["way"])
-    axes[2].axhline(1, linestyle="--", color="grey")
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (15, 4.5), 3) as axes:
+        titles = {"psnr": "PSNR, dB", "lpips": "LPIPS", "sharpness_share": "sharpness, share of real"}
+        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+            axis.set(title=title, xlabel="frame of the rollout")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            for row in rows:
+                found = [row[f"{name}_{ahead}"] for ahead in AHEAD]
+                values = [value["mean"] if isinstance(value, dict) else value for value in found]
+                axis.plot(AHEAD, values, marker="o", label=row["way"])
+        axes[2].axhline(1, linestyle="--", color="grey")
+        axes[0].legend(fontsize="small")
 
 
 def main() -> None:

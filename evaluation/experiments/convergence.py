@@ -27,6 +27,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,22 @@ from diffusers_far.training.objectives import draw_noise, noisy_window, velocity
 from diffusers_far.training.options import FAROptions
 from diffusers_far.whole_files import written_whole
 from evaluation.experiments.equal_time import (
+    DTYPES,
     NEW_MODEL,
+    QUALITY_HEADER,
     SIZES,
     Kept,
     MarkTrainer,
     Measures,
+    device_here,
     flops_per_step,
     make_coder,
     make_pipeline,
+    means,
     new_model,
-    over_walks,
     parse_arguments,
+    predict_in_parts,
+    quality_cells,
     run_options,
     seconds_per_step,
     snapshot,
@@ -66,6 +72,7 @@ from evaluation.experiments.equal_time import (
     write_results,
 )
 from evaluation.experiments.flex_rope import BiasAttnProcessor
+from evaluation.plots import plotted
 from evaluation.world_model import predict
 
 KINDS = ("FAR", "bidirectional", "tokens")
@@ -348,18 +355,14 @@ def predictions(
         clips: latents `[N, 24, C, h, w]` and actions `[N, 24]`.
     """
     latents, actions = clips
-    size, made, context = arguments.measured_at_once, [], latents[:, :OBSERVED]
+    size, context = arguments.measured_at_once, latents[:, :OBSERVED]
     if kind == "FAR":
         pipeline = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED)
         return predict(pipeline, context, actions, size, seed=0, num_inference_steps=STEPS)
-    for chosen in torch.arange(len(context)).split(size):
-        sources = [torch.Generator().manual_seed(clip) for clip in chosen.tolist()]
-        part = (context[chosen], actions[chosen], sources)
-        if kind == "bidirectional":
-            made.append(predict_jointly(model, *part))
-        else:
-            made.append(predict_codes(model, codebook, *part))
-    return torch.cat(made)
+    make = partial(predict_jointly, model)
+    if kind == "tokens":
+        make = partial(predict_codes, model, codebook)
+    return predict_in_parts(make, context, actions, size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,57 +374,37 @@ def rows_of(measured: dict[str, dict[str, Any]], walks: list[int]) -> list[dict[
     rows = []
     for values in measured.values():
         row: dict[str, Any] = {name: values.get(name) for name in ("kind", "steps", "petaflops")}
-        for name in ("psnr_1", "psnr", "lpips_1", "lpips"):
-            row[name] = over_walks(values[name], walks)
-        rows.append(row | {"fvd": values["fvd"]})
+        rows.append(row | means(values, walks) | {"fvd": values["fvd"]})
     return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table."""
     cells: list[list[object]] = [
-        [
-            *(row["kind"], row["steps"], row["petaflops"]),
-            *(
-                f"{row[name]['mean']:.{digits}f} ± {row[name]['standard_error']:.{digits}f}"
-                for name, digits in (("psnr_1", 2), ("psnr", 2), ("lpips_1", 3), ("lpips", 3))
-            ),
-            f"{row['fvd']:.0f}",
-        ]
-        for row in rows
+        [row["kind"], row["steps"], row["petaflops"], *quality_cells(row)] for row in rows
     ]
-    header = ["model", "steps", "PFLOP", "PSNR of frame 1", "of 16", "LPIPS of frame 1", "of 16", "FVD"]
-    return table(header, cells) + "\n"
+    return table(["model", "steps", "PFLOP", *QUALITY_HEADER], cells) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """All measures by operations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.5))
-    titles = {
-        "psnr_1": "PSNR of frame 1, dB",
-        "psnr": "PSNR of 16 frames, dB",
-        "lpips": "LPIPS",
-        "fvd": "FVD",
-    }
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.set(title=title, xlabel="PFLOP of training")
-        for kind in dict.fromkeys(row["kind"] for row in rows):
-            found = [row for row in rows if row["kind"] == kind]
-            values = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in found]
-            if kind == "codes":
-                axis.axhline(values[0], linestyle="--", color="grey", label=kind)
-            else:
-                axis.plot([row["petaflops"] for row in found], values, marker="o", label=kind)
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (18, 4.5), 4) as axes:
+        titles = {
+            "psnr_1": "PSNR of frame 1, dB",
+            "psnr": "PSNR of 16 frames, dB",
+            "lpips": "LPIPS",
+            "fvd": "FVD",
+        }
+        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+            axis.set(title=title, xlabel="PFLOP of training")
+            for kind in dict.fromkeys(row["kind"] for row in rows):
+                found = [row for row in rows if row["kind"] == kind]
+                values = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in found]
+                if kind == "codes":
+                    axis.axhline(values[0], linestyle="--", color="grey", label=kind)
+                else:
+                    axis.plot([row["petaflops"] for row in found], values, marker="o", label=kind)
+        axes[0].legend(fontsize="small")
 
 
 def main() -> None:
@@ -434,7 +417,7 @@ def main() -> None:
     arguments = parse_arguments(parser, FULL, measured_at_once=16)
     validation, videos = (LatentVideos(arguments.latents / split) for split in ("validation", "train"))
     latents, actions, walks = spread_clips(validation, arguments.clips, OBSERVED + PREDICTED)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     true = latents[:, OBSERVED:]
     # First, as weights of what measures may be missing.
     measures = Measures(make_coder(arguments.autoencoder, device), true, arguments.measured_at_once)
@@ -455,7 +438,7 @@ def main() -> None:
 
     trainers = {kind: trainer_of(kind) for kind in KINDS}
     planned = kept("plan", lambda: plan(trainers, arguments))
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[arguments.mixed_precision]
+    dtype = DTYPES[arguments.mixed_precision]
     measured: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         steps, folder = planned[kind]["steps"], arguments.output / kind

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,7 @@ from evaluation.world_model import decode
 
 CALIBRATION_STEPS = 10  # whose cost says how many steps a model gets
 SAMPLING_STEPS = 5  # of UniPC, of a frame
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # of models by `--mixed-precision`
 LEVELS = (0.3, 0.5, 0.7, 0.9)  # noise of the next frame
 TARGETS_PER_WALK = 4
 RECIPE: dict[str, Any] = {  # options of all runs of all experiments
@@ -124,6 +125,11 @@ class MarkTrainer(Trainer):
 def snapshot(folder: Path, step: int) -> Path:
     """Where a `MarkTrainer` keeps weights."""
     return folder / f"step-{step}.safetensors"
+
+
+def device_here() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def processor() -> Any:
@@ -230,10 +236,9 @@ def train_new(
         planned = train(make_trainer, options, minutes)[1]
         with written_whole(done) as unfinished:
             unfinished.write_text(json.dumps(planned))
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[options.mixed_precision]
+    dtype = DTYPES[options.mixed_precision]
     model = FARTransformer3DModel.from_pretrained(Path(options.output_dir) / "ema", torch_dtype=dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), json.loads(done.read_text())
+    return model.eval().to(device_here()), json.loads(done.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,6 +399,29 @@ def spread_clips(videos: LatentVideos, number: int, num_frames: int) -> tuple[Te
     return latents, actions, walks
 
 
+def sources_of(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One of noise for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def noise_of(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """`[N, *shape]`, the same for a seed whatever the others are."""
+    return torch.stack([torch.randn(shape, generator=source) for source in sources_of(seeds)])
+
+
+def predict_in_parts(
+    make: Callable[[Tensor, Tensor, list[torch.Generator]], Tensor],
+    context: Tensor,
+    actions: Tensor,
+    clips_at_once: int,
+) -> Tensor:
+    """What `make` gives for all clips, some at once, each with its own source of noise, as in `predict`."""
+    parts = []
+    for chosen in torch.arange(len(context)).split(clips_at_once):
+        parts.append(make(context[chosen], actions[chosen], sources_of(chosen.tolist())))
+    return torch.cat(parts)
+
+
 class Measures:
     """Figures of predictions of held-out clips, beside the true latents, decoded.
 
@@ -443,6 +471,24 @@ class Measures:
         }
 
 
+BY_CLIP = {"psnr_1": 2, "psnr": 2, "lpips_1": 3, "lpips": 3}  # of `Measures`, with their digits in tables
+QUALITY_HEADER = ["PSNR of frame 1", "of 16", "LPIPS of frame 1", "of 16", "FVD"]
+
+
+def means(measured: dict[str, Any], walks: list[int]) -> dict[str, dict[str, float]]:
+    """What `Measures` gave by clip, over the walks that the clips are of."""
+    return {name: over_walks(measured[name], walks) for name in BY_CLIP}
+
+
+def quality_cells(row: dict[str, Any]) -> list[str]:
+    """Of `QUALITY_HEADER`."""
+    cells = [
+        f"{row[name]['mean']:.{digits}f} ± {row[name]['standard_error']:.{digits}f}"
+        for name, digits in BY_CLIP.items()
+    ]
+    return [*cells, f"{row['fvd']:.0f}"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Results
 
@@ -489,13 +535,20 @@ class Kept:
 
 def write_results(folder: Path, facts: dict[str, Any], markdown: str) -> None:
     """results.json, with the machine and the day, and results.md."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {"machine": describe(device), "date": datetime.date.today().isoformat()}
+    about = {"machine": describe(device_here()), "date": datetime.date.today().isoformat()}
     about |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     with written_whole(folder / "results.json") as unfinished:
         unfinished.write_text(json.dumps(about | facts, indent=1) + "\n")
     with written_whole(folder / "results.md") as unfinished:
         unfinished.write_text(markdown)
+
+
+def told(value: dict[str, float], digits: int) -> str:
+    """A mean, and its difference."""
+    text = f"{value['mean']:.{digits}f}"
+    if value.get("difference"):
+        text += f" ({value['difference']:+.{digits}f} ± {value['standard_error']:.{digits}f})"
+    return text
 
 
 def parse_arguments(
@@ -520,8 +573,10 @@ def parse_arguments(
             parser.error(f"{flag} {getattr(arguments, name)}: it takes 1 or more")
     if getattr(arguments, "clips", 2) < 2:
         parser.error(f"--clips {arguments.clips}: FVD takes 2 or more")
-    if arguments.minutes <= 0:
-        parser.error(f"--minutes {arguments.minutes}: it takes more than 0")
+    for name in ("minutes", "unet_rate", "simvp_rate"):
+        if getattr(arguments, name, 1) <= 0:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} {getattr(arguments, name)}: it takes more than 0")
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     return arguments

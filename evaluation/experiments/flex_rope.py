@@ -47,7 +47,6 @@ from diffusers_far.lpips import LPIPS
 from diffusers_far.matmul_attention import matmul_attention
 from diffusers_far.metrics import psnr
 from diffusers_far.training.clips import LatentVideos
-from diffusers_far.whole_files import written_whole
 from evaluation.beyond_training import Way, call_arguments, frequency_for, squeezed, way_loss, ways
 from evaluation.experiments.equal_time import (
     NEW_MODEL,
@@ -59,11 +58,14 @@ from evaluation.experiments.equal_time import (
     held_out_clips,
     make_pipeline,
     new_model,
+    noise_of,
     parse_arguments,
     run_options,
+    sources_of,
     train_new,
     write_results,
 )
+from evaluation.plots import colors, plotted
 from evaluation.world_model import decode, predict
 
 TRAINED = 16  # frames of a clip
@@ -184,15 +186,9 @@ def next_frames_loss(
         for chosen in torch.tensor(walks).split(arguments.measured_at_once):
             latents, actions = held_out_clips(videos, chosen.tolist(), end, num_frames)
             seeds = [10_000 * index + walk for walk in chosen.tolist()]
-            noise = torch.stack(
-                [torch.randn(latents[0, :NOISY_FRAMES].shape, generator=seeded(seed)) for seed in seeds]
-            )
+            noise = noise_of(seeds, latents[0, :NOISY_FRAMES].shape)
             losses += way_loss(model, way, latents, actions, noise, TRAINED).tolist()
     return losses
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
@@ -211,7 +207,7 @@ def predict_reindexed(
 ) -> Tensor:
     """As `predict` with seed 0, with all positions, and so the whole context, anew for each new frame."""
     size = (1, *context.shape[2:])
-    sources = [seeded(clip) for clip in range(len(context))]  # as in `predict`
+    sources = sources_of(range(len(context)))  # as in `predict`
     frames = context
     with reindexed(pipeline.transformer) as moved:
         while frames.shape[1] < actions.shape[1]:
@@ -357,28 +353,18 @@ def markdown(facts: dict[str, Any]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss, PSNR and LPIPS by observed frames."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    names = list(dict.fromkeys(row["way"] for row in rows))
-    colors = pyplot.get_cmap("turbo")(torch.linspace(0, 1, len(names)).numpy())
-    titles = {"loss": "loss of the next 4 frames", "psnr": "PSNR of 16 frames, dB", "lpips": "LPIPS"}
-    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-        axis.set(title=title, xlabel="observed frames")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        for color, name in zip(colors, names, strict=True):
-            points = [(row["observed"], row[measure]["mean"]) for row in rows if row["way"] == name]
-            style = "--" if name.startswith("ALiBi") else "-"
-            axis.plot(*zip(*points, strict=True), style, marker="o", label=name, color=color)
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (15, 4.5), 3) as axes:
+        names = list(dict.fromkeys(row["way"] for row in rows))
+        titles = {"loss": "loss of the next 4 frames", "psnr": "PSNR of 16 frames, dB", "lpips": "LPIPS"}
+        for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+            axis.set(title=title, xlabel="observed frames")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            for color, name in zip(colors(len(names)), names, strict=True):
+                points = [(row["observed"], row[measure]["mean"]) for row in rows if row["way"] == name]
+                style = "--" if name.startswith("ALiBi") else "-"
+                axis.plot(*zip(*points, strict=True), style, marker="o", label=name, color=color)
+        axes[0].legend(fontsize="small")
 
 
 def main() -> None:

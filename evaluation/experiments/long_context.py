@@ -39,7 +39,6 @@ from diffusers_far.lpips import LPIPS
 from diffusers_far.metrics import psnr
 from diffusers_far.training.clips import LatentVideos
 from diffusers_far.training.options import FAROptions
-from diffusers_far.whole_files import written_whole
 from evaluation.experiments.equal_time import (
     NEW_MODEL,
     SIZES,
@@ -54,10 +53,12 @@ from evaluation.experiments.equal_time import (
     parse_arguments,
     processor,
     run_options,
+    told,
     train_new,
     with_changes,
     write_results,
 )
+from evaluation.plots import plotted
 from evaluation.world_model import decode, predict
 
 SHORT_CONTEXT = 31  # observed frames, beside the longest context
@@ -192,14 +193,6 @@ def rows_of(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def told(value: dict[str, float], digits: int) -> str:
-    """A mean, and its difference."""
-    text = f"{value['mean']:.{digits}f}"
-    if value.get("difference"):
-        text += f" ({value['difference']:+.{digits}f} ± {value['standard_error']:.{digits}f})"
-    return text
-
-
 def markdown(rows: list[dict[str, Any]], num_observed: int) -> str:
     """Both tables."""
     costs: list[list[object]] = [
@@ -230,28 +223,19 @@ def markdown(rows: list[dict[str, Any]], num_observed: int) -> str:
 
 def draw(rows: list[dict[str, Any]], num_observed: int, path: Path) -> None:
     """What revisits lose, by tokens and by time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    loss = f"next_{num_observed}_revisits"
-    for axis, across, key, titles in (
-        (axes[0], "tokens", loss, ("tokens of the context", "loss of revisits")),
-        (axes[1], "seconds_per_frame", loss, ("seconds a frame", "loss of revisits")),
-        (axes[2], "tokens", "psnr", ("tokens of the context", "PSNR of revisits, dB")),
-    ):
-        axis.set(xlabel=titles[0], title=titles[1])
-        axis.set_xscale("log")
-        for row in rows:
-            error = row[key].get("standard_error", 0.0)
-            axis.errorbar(row[across], row[key]["mean"], error, marker="o", label=row["option"])
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    pyplot.close(figure)
+    with plotted(path, (15, 4.5), 3) as axes:
+        loss = f"next_{num_observed}_revisits"
+        for axis, across, key, titles in (
+            (axes[0], "tokens", loss, ("tokens of the context", "loss of revisits")),
+            (axes[1], "seconds_per_frame", loss, ("seconds a frame", "loss of revisits")),
+            (axes[2], "tokens", "psnr", ("tokens of the context", "PSNR of revisits, dB")),
+        ):
+            axis.set(xlabel=titles[0], title=titles[1])
+            axis.set_xscale("log")
+            for row in rows:
+                error = row[key].get("standard_error", 0.0)
+                axis.errorbar(row[across], row[key]["mean"], error, marker="o", label=row["option"])
+        axes[0].legend(fontsize="small")
 
 
 def main() -> None:

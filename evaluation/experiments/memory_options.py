@@ -37,6 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout: this file is run as a script
 
 from diffusers_far import FARTransformer3DModel
+from diffusers_far.evaluation.tables import table
 from diffusers_far.flow_matching import CLEAN_TIMESTEP, add_noise
 from diffusers_far.training.clips import Clips, LatentVideos
 from diffusers_far.training.matmul_attn_processor import MatmulAttnProcessor
@@ -165,14 +166,12 @@ def summary(results: dict[str, Any], targets: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Markdown."""
+def markdown(rows: dict[str, Any]) -> str:
+    """The table."""
     measured = [f"next_{number}{kind}" for number in CONTEXTS for kind in ("", "_revisits")]
     measured += ["noisy_right", "noisy_shuffled", "noisy_none"]
-    lines = [
-        "| option | | steps | " + " | ".join(name.replace("_", " ") for name in measured) + " |",
-        "|" + "---|" * (len(measured) + 3),
-    ]
+    header = ["option", "", "steps", *(name.replace("_", " ") for name in measured)]
+    lines: list[list[object]] = []
     for name, row in rows.items():
         cells = [f"{row[key]['loss']:.4f}" for key in measured]
         if name != "recipe" and name not in BASELINES.values():
@@ -180,8 +179,8 @@ def table(rows: dict[str, Any]) -> str:
                 f"{cell} ({row[key]['difference']:+.4f} ± {row[key]['standard_error']:.4f})"
                 for cell, key in zip(cells, measured, strict=True)
             ]
-        lines.append(f"| {name} | {OPTIONS[name].what} | {row['steps']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, OPTIONS[name].what, row["steps"], *cells])
+    return table(header, lines) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,8 +242,8 @@ def main() -> None:
                 unfinished.write_text(json.dumps(result))
         results[name] = json.loads(path.read_text())
         rows = summary(results, results[name]["targets"])
-        write_results(arguments.output, {"minutes": arguments.minutes, "rows": rows}, table(rows))
-    print(table(rows))
+        write_results(arguments.output, {"minutes": arguments.minutes, "rows": rows}, markdown(rows))
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
