@@ -95,7 +95,7 @@ def test_demo(environment: Path, tmp_path: Path) -> None:
 def test_play(environment: Path, tmp_path: Path, browser: Browser) -> None:
     with running([environment / "diffusers-far", "play"], tmp_path) as url:
         page = browser.new_page()
-        page.goto(url)
+        page.goto(f"{url}/?paused")
         status = page.locator("#play .far-status")
         expect(status).to_contain_text("frame 31", timeout=60_000)  # a start has 32 frames
         page.keyboard.down("w")
