@@ -328,7 +328,7 @@ def test_keys_work_as_soon_as_the_page_is_there(browser: Browser, url: str) -> N
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     actions = actions_of(page)
-    page.goto(url)
+    page.goto(f"{url}?paused")  # else it walks forward, whatever is pressed
     page.wait_for_selector("#play .far-canvas")
     page.keyboard.down("w")
     wait_until(page, lambda: actions.count(1) >= 2)
