@@ -168,6 +168,9 @@ def test_pictures_and_videos_of_the_visitor(page: Page, url: str, long_model: Pa
     (tmp_path / "broken.png").write_text("no picture")
     page.set_input_files("#picture", tmp_path / "broken.png")
     expect(page.locator("#error")).to_have_text("broken.png cannot be read as a picture.")
+    (tmp_path / "broken.webm").write_bytes((tmp_path / "own.webm").read_bytes()[:40])
+    page.set_input_files("#video", tmp_path / "broken.webm")
+    expect(page.locator("#error")).to_have_text("broken.webm cannot be played by this browser.")
 
 
 def test_the_game_as_a_video_and_as_a_link(page: Page, url: str, browser: Browser, tmp_path: Path) -> None:

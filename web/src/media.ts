@@ -1,6 +1,9 @@
 // Pictures and videos: of the visitor, cut to the model's size, and the game as a file.
 
-import { BufferTarget, CanvasSource, Mp4OutputFormat, Output, WebMOutputFormat, canEncodeVideo } from "mediabunny";
+import {
+  BlobSource, BufferTarget, CanvasSink, CanvasSource, Input, MATROSKA, MP4, Mp4OutputFormat, Output, QTFF, WEBM, WebMOutputFormat,
+  canEncodeVideo,
+} from "mediabunny";
 
 const RATE = 10; // frames a second, of given and of saved videos
 const NUM_GIVEN = 16; // frames of a given video: its last ones
@@ -30,33 +33,25 @@ export async function readPicture(file: File, size: Size): Promise<ImageData[]> 
   return [covered(bitmap, bitmap.width, bitmap.height, size)];
 }
 
-/** The last frames of a video that the browser can play, ten of a second. */
+/** The last frames of a video that the browser can decode, ten of a second. */
 export async function readVideo(file: File, size: Size): Promise<ImageData[]> {
-  const video = document.createElement("video"), address = URL.createObjectURL(file), frames: ImageData[] = [];
-  const heard = (name: string) => new Promise<void>((done, failed) => {
-    video.addEventListener(name, () => done(), { once: true });
-    video.addEventListener("error", () => failed(new Error(`${file.name} cannot be played by this browser.`)), { once: true });
-  });
+  // Not by a video element that is sent to each moment: it may say that it is there and still draw black.
+  const input = new Input({ source: new BlobSource(file), formats: [MP4, QTFF, WEBM, MATROSKA] });
   try {
-    Object.assign(video, { muted: true, preload: "auto" });
-    const loaded = heard("loadeddata");
-    video.src = address;
-    await loaded;
-    if (!Number.isFinite(video.duration)) { // as of a recording of the browser: only its end tells
-      const found = heard("seeked");
-      video.currentTime = 1e6;
-      await found;
+    const track = await input.getPrimaryVideoTrack(), frames: ImageData[] = [];
+    if (!track || !(await track.canDecode())) throw new Error("no track that this browser decodes");
+    const begin = await track.getFirstTimestamp(), end = await track.computeDuration();
+    const count = Math.max(1, Math.min(NUM_GIVEN, Math.floor((end - begin) * RATE)));
+    const times = Array.from({ length: count }, (_, i) => Math.max(begin, end - (count - i - 0.5) / RATE));
+    for await (const found of new CanvasSink(track).canvasesAtTimestamps(times)) {
+      if (found) frames.push(covered(found.canvas, found.canvas.width, found.canvas.height, size));
     }
-    const end = video.duration, count = Math.max(1, Math.min(NUM_GIVEN, Math.floor(end * RATE)));
-    for (let i = 0; i < count; i++) {
-      const shown = heard("seeked");
-      video.currentTime = Math.max(0, end - (count - i - 0.5) / RATE);
-      await shown;
-      frames.push(covered(video, video.videoWidth, video.videoHeight, size));
-    }
+    if (!frames.length) throw new Error("no frames");
     return frames;
+  } catch (error) {
+    throw new Error(`${file.name} cannot be played by this browser.`, { cause: error });
   } finally {
-    URL.revokeObjectURL(address);
+    input.dispose();
   }
 }
 
