@@ -125,6 +125,7 @@ def measure(
     warm_up: int,
 ) -> list[dict[str, Any]]:
     """A row per backend."""
+    torch.compiler.reset()  # the blocks of one model alone take most of the 8 graphs that may be compiled
     pipe = load_pipeline(checkpoint, "cpu", "float32")
     video, actions = episode
     with tempfile.TemporaryDirectory() as parent:

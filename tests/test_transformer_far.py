@@ -320,6 +320,20 @@ def test_a_rollout_compiles_no_block_for_its_length(name: str) -> None:
             rollout.step()
 
 
+@both
+def test_rollouts_after_any_number_of_frames_share_their_graphs(name: str) -> None:
+    """Past torch's limit of 8 a full graph is an error, and any other is left uncompiled."""
+    graphs, pipe = Graphs(), pipeline(MODELS[name](num_layers=3), num_inference_steps=2)
+    torch.compiler.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    for num_frames in (200, 70, 5, 1, 0):
+        given = {"video_latents": latents(1, num_frames)} if num_frames else {"batch_size": 1}
+        rollout = pipe.rollout(output_type="latent", generator=generator(), **given)
+        for _ in range(8):
+            rollout.step()
+    assert graphs.count <= 7
+
+
 def test_compiled_with_gradients() -> None:
     model = transformer(num_layers=1, **BASE)
     expected = gradients(model)

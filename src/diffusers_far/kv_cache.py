@@ -254,9 +254,13 @@ class FARCache:
         positions, repeats = torch.tensor([places, sizes], dtype=torch.long)
         positions = positions.repeat_interleave(repeats, output_size=self.num_tokens)
         self._key_positions = positions.to(self.layers[0].keys.device)
-        # A compiled forward takes any number of tokens from the start, instead of one number and then any.
         torch._dynamo.maybe_mark_dynamic(self._key_positions, 0)
         for layer in self.layers:
             layer.num_tokens = self.num_tokens
+        self.allow_any_number_of_tokens()
+
+    def allow_any_number_of_tokens(self) -> None:
+        """Let a compiled forward take buffers of any size at once, instead of this one and then any other."""
+        for layer in self.layers:
             torch._dynamo.maybe_mark_dynamic(layer.keys, 1)
             torch._dynamo.maybe_mark_dynamic(layer.values, 1)

@@ -130,8 +130,12 @@ class FARTransformerLastBlock(FARTransformerBlock):
         super().__init__(dim, heads, dim_head, long_context, long_context_out=False)
 
 
-def _any_number_of_frames(
-    streams: Streams, condition: Tensor | Sequence[Tensor], rotary: RotaryEmbedding, mask: Tensor | None
+def _allow_any_number_of_frames(
+    streams: Streams,
+    condition: Tensor | Sequence[Tensor],
+    rotary: RotaryEmbedding,
+    mask: Tensor | None,
+    cache: FARCache | None,
 ) -> None:
     """Let a block that is compiled for these inputs take others of more or fewer frames."""
     per_frame = [condition] if isinstance(condition, Tensor) else condition
@@ -140,6 +144,8 @@ def _any_number_of_frames(
         marks += [(mask, 2), (mask, 3)]
     for tensor, dim in marks:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    if cache is not None:  # whose buffers may have grown for this forward
+        cache.allow_any_number_of_tokens()
 
 
 class FARTransformer3DModel(
@@ -392,7 +398,9 @@ class FARTransformer3DModel(
             cache.begin(num_long_frames, num_frames - num_long_frames)
 
         if self.transformer_blocks[0]._compiled_call_impl is not None:
-            _any_number_of_frames(streams, condition, rotary, mask)
+            # What the embedding makes is a view, what blocks make is not: a graph for each, without a copy.
+            streams = [stream.clone() for stream in streams]
+            _allow_any_number_of_frames(streams, condition, rotary, mask, cache)
         for index, block in enumerate(self.transformer_blocks):
             of_block = condition
             if not isinstance(condition, Tensor):
