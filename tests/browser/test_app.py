@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from diffusers_far.loading import load_pipeline
 from diffusers_far.metrics import horizontal_shift
 from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.video_files import read_video
+from tests.accessibility import serious_findings
 from tests.tiny_models import pipeline, transformer
 
 START_FRAME = 31  # a start has 32 frames
@@ -114,6 +116,21 @@ def test_it_opens_on_a_running_game(browser: Browser, url: str) -> None:
     wait_for_frame(page, frame_number(page) + 2)
     assert sent[-1] == 0  # it stands still, and does not walk by itself again
     page.close(run_before_unload=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_sees_the_game_and_axe_finds_nothing(
+    page: Page, repository: Path, url: str, scheme: Any
+) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{url}?paused")
+    wait_for_frame(page, START_FRAME)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for selector in ("h1", ".far-canvas", ".far-pad"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, selector
+    assert serious_findings(page, repository) == []
 
 
 def test_play(page: Page, tmp_path: Path, repository: Path) -> None:

@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from diffusers_far.browser.static_page import in_background
 from diffusers_far.export import ExportedRollout
 from diffusers_far.video_files import read_video, save_video
+from tests.accessibility import serious_findings
 from tests.web.conftest import PATIENCE, serving
 
 # What the page asks its worker for, with pictures as lists.
@@ -209,10 +210,7 @@ def test_a_phone_sees_the_game_and_axe_finds_nothing(
     for selector in ("h1", "#screen", "#pad"):
         box = page.locator(selector).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, selector
-    page.add_script_tag(path=repository / "web" / "node_modules" / "axe-core" / "axe.min.js")
-    found = page.evaluate("axe.run().then((result) => result.violations)")
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert not serious, [(one["id"], [node["html"] for node in one["nodes"]]) for one in serious]
+    assert serious_findings(page, repository) == []
 
 
 def test_it_plays_without_a_network_afterwards(page: Page, dist: Path, long_model: Path) -> None:
