@@ -73,6 +73,8 @@ class ExportedRollout:
         self.slope = np.array([slope], np.float32)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # The graphs' threads are apart: those of one would keep the next one waiting.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         self._sessions = {

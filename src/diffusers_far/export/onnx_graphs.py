@@ -248,9 +248,12 @@ class CommitGraph(FrameGraph):
         return (*ring, *window)
 
     def _write(self, ring: Tensor, new: Tensor, slot: Tensor) -> Tensor:
-        slots = ring.unflatten(2, (self.ring_slots, -1))  # [L, M, R, T, E]
-        here = torch.arange(self.ring_slots, dtype=slot.dtype)[:, None, None] == slot
-        return torch.where(here, new[:, :, None], slots).flatten(2, 3)
+        # By rows, as a comparison of every slot with this one takes longer than a layer of the model.
+        rows, tokens = ring.flatten(0, 2), new.shape[2]  # [L * M * R * T, E]
+        first = torch.arange(0, len(rows), ring.shape[2]) + slot.clamp(min=0) * tokens  # [L * M]
+        index = (first[:, None] + torch.arange(tokens)).flatten()
+        written = torch.where(slot < 0, rows[index], new.flatten(0, 2))
+        return rows.index_put((index,), written).view_as(ring)
 
 
 class EncodeGraph(nn.Module):
