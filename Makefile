@@ -11,7 +11,7 @@ check:  ## what the continuous checks run
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	@if command -v npm >/dev/null || [ "$$CI" = true ]; then $(MAKE) web; else echo "no npm: web/ is not checked"; fi
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 	$(MAKE) site
 	$(MAKE) check-portable
 
@@ -26,7 +26,7 @@ check-versions:  ## fast tests with every claimed Python, and the oldest and new
 	$(PYTHON) tests/version_matrix.py
 
 test:
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 web:  ## the page of web/, built into web/dist
 	cd web && npm ci --no-audit --no-fund && npm run check && npm run build

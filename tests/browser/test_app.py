@@ -24,7 +24,7 @@ from diffusers_far.loading import load_pipeline
 from diffusers_far.metrics import horizontal_shift
 from diffusers_far.shipped import CHECKPOINT, EPISODES
 from diffusers_far.video_files import read_video
-from tests.accessibility import serious_findings
+from tests.accessibility import check_in_view, open_on_a_phone, serious_findings
 from tests.tiny_models import pipeline, transformer
 
 START_FRAME = 31  # a start has 32 frames
@@ -122,14 +122,9 @@ def test_it_opens_on_a_running_game(browser: Browser, url: str) -> None:
 def test_a_phone_sees_the_game_and_axe_finds_nothing(
     page: Page, repository: Path, url: str, scheme: Any
 ) -> None:
-    page.set_viewport_size({"width": 360, "height": 740})
-    page.emulate_media(color_scheme=scheme)
-    page.goto(f"{url}?paused")
+    open_on_a_phone(page, f"{url}?paused", scheme)
     wait_for_frame(page, START_FRAME)
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    for selector in ("h1", ".far-canvas", ".far-pad"):
-        box = page.locator(selector).first.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, selector
+    check_in_view(page, "h1", ".far-canvas", ".far-pad")
     assert serious_findings(page, repository) == []
 
 

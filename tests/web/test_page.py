@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from diffusers_far.browser.static_page import in_background
 from diffusers_far.export import ExportedRollout
 from diffusers_far.video_files import read_video, save_video
-from tests.accessibility import serious_findings
+from tests.accessibility import check_in_view, open_on_a_phone, serious_findings
 from tests.web.conftest import PATIENCE, serving
 
 # What the page asks its worker for, with pictures as lists.
@@ -202,14 +202,9 @@ def test_the_game_as_a_video_and_as_a_link(page: Page, url: str, browser: Browse
 def test_a_phone_sees_the_game_and_axe_finds_nothing(
     page: Page, url: str, repository: Path, scheme: Any
 ) -> None:
-    page.set_viewport_size({"width": 360, "height": 740})
-    page.emulate_media(color_scheme=scheme)
-    page.goto(url)
+    open_on_a_phone(page, url, scheme)
     wait_for_frame(page, 7)
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
-    for selector in ("h1", "#screen", "#pad"):
-        box = page.locator(selector).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, selector
+    check_in_view(page, "h1", "#screen", "#pad")
     assert serious_findings(page, repository) == []
 
 
