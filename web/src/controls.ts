@@ -1,24 +1,15 @@
 // What is pressed: keys, buttons, a gamepad. Actions that are directions ("forward-left") are held in parts, others by
 // their number; groups and vectors stay as they are chosen.
 
+import { ARROWS, KEYS, Walker, directionOf } from "../../src/diffusers_far/browser/directions.js";
 import type { Action, Config } from "./exported_rollout";
-import { canvasOf } from "./media";
 
-const KEYS: Record<string, string> = {
-  ArrowUp: "forward", KeyW: "forward", ArrowLeft: "left", KeyA: "left", ArrowRight: "right", KeyD: "right",
-  ArrowDown: "back", KeyS: "back",
-};
-const ARROWS: Record<string, string> = {
-  "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓",
-};
-const WALL = 12; // levels by which the parts of a picture differ, at least, if it is more than a wall
-const TURN = 4; // frames in which a walker turns away from one
 const GAMEPAD = { forward: [12, 1, -1], back: [13, 1, 1], left: [14, 0, -1], right: [15, 0, 1] }; // button, axis, sign
 
 export class Controls {
   hint = "";
   touched = false; // anything was pressed yet
-  private turning = 0; // frames still to turn, of a walker that walks by itself
+  private readonly walker = new Walker();
   private readonly held = new Set<string>();
   private readonly names: string[] | null = null; // of directions
   private chosen: number[] | null = null; // of groups or a vector
@@ -50,14 +41,8 @@ export class Controls {
     if (!this.names) return this.held.size ? Number([...this.held].pop()) : null;
     const held = new Set([...this.held, ...this.onGamepad()]);
     if (held.size) this.touched = true;
-    if (!this.touched && this.names.includes("forward")) {
-      this.turning = isWall(view) ? TURN : Math.max(0, this.turning - 1);
-      held.add(this.turning ? "left" : "forward");
-    }
-    const turn = held.has("left") ? "left" : held.has("right") ? "right" : "";
-    const walk = held.has("forward") ? "forward" : held.has("back") ? "back" : "";
-    const found = [walk && turn && `${walk}-${turn}`, walk, turn, "noop"].find((name) => name && this.names!.includes(name));
-    return found ? this.names.indexOf(found) : null;
+    if (!this.touched && this.names.includes("forward")) held.add(this.walker.next(view));
+    return directionOf(held, this.names);
   }
 
   private onGamepad(): string[] {
@@ -135,15 +120,4 @@ export class Controls {
     window.addEventListener("blur", release);
     document.addEventListener("visibilitychange", release);
   }
-}
-
-/** Whether a picture is much the same all over. */
-function isWall(view: HTMLCanvasElement): boolean {
-  const { pen } = canvasOf([4, 4]);
-  pen.drawImage(view, 0, 0, 4, 4);
-  const { data } = pen.getImageData(0, 0, 4, 4), mean = (list: number[]) => list.reduce((a, b) => a + b) / list.length;
-  return mean([0, 1, 2].map((channel) => {
-    const levels = [...data].filter((_, i) => i % 4 === channel), middle = mean(levels);
-    return Math.sqrt(mean(levels.map((level) => (level - middle) ** 2)));
-  })) < WALL;
 }

@@ -11,7 +11,7 @@ const SAVED_SIDE = 256; // pixels that a saved video has at least
 
 type Size = [height: number, width: number];
 
-export function canvasOf([height, width]: Size) {
+function canvasOf([height, width]: Size) {
   const canvas = document.createElement("canvas");
   Object.assign(canvas, { width, height });
   const pen = canvas.getContext("2d", { willReadFrequently: true })!;

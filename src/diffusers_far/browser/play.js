@@ -1,20 +1,13 @@
-// Runs in the scope of gr.HTML: `element` is its root, `server` calls the functions of play.py.
+// Runs behind directions.js in the scope of gr.HTML: `element` is its root, `server` calls the functions of play.py.
 const find = (name) => element.querySelector(".far-" + name);
 const canvas = find("canvas"), strip = find("strip"), pen = canvas.getContext("2d");
 const CELL = 30; // pixels of a picture of the context
-const KEYS = {
-  ArrowUp: "forward", KeyW: "forward", ArrowLeft: "left", KeyA: "left", ArrowRight: "right", KeyD: "right",
-  ArrowDown: "back", KeyS: "back",
-};
-const ARROWS = { "forward-left": "↖", forward: "↑", "forward-right": "↗", left: "←", noop: "·", right: "→", back: "↓" };
-const WALL = 12; // levels by which the parts of a picture differ, at least, if it is more than a wall
-const TURN = 4; // frames in which a game that goes on by itself turns away from one
 const WALKED = 120; // frames that a game goes on by itself when the page is opened, as nobody may be looking
 const player = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const held = new Set(); // directions of keys and buttons that are down
 let chosen = null; // of groups of actions, or of the numbers of a vector: what each is, until it is changed
 let options = null, named = false, playing = false, waiting = false, start = 0, picked = null, alive = false;
-let turning = 0; // frames still to turn, of a game that goes on by itself
+const walker = new Walker();
 let walked = null; // frames that the game went on by itself; null once anything was pressed
 let pictures = new Map(); // frames that are in the context, for the strip
 let arrivals = []; // times of the last frames, for the rate
@@ -30,34 +23,11 @@ function settings() {
   };
 }
 
-// Where the actions are directions, the index of the one for what is held: "forward-left" for both, else one of
-// them, else to do nothing. Other actions are held by their number; groups and vectors stay as they are chosen.
+// Directions are held; other actions, too, by their number; groups and vectors stay as they are chosen.
 function action() {
   if (chosen) return [...chosen];
   if (!named) return held.size ? Number([...held].at(-1)) : null;
-  if (walked !== null) turning = isWall() ? TURN : Math.max(0, turning - 1);
-  const down = walked === null ? held : new Set([turning ? "left" : "forward"]);
-  const turn = down.has("left") ? "left" : down.has("right") ? "right" : null;
-  const walk = down.has("forward") ? "forward" : down.has("back") ? "back" : null;
-  for (const name of [walk && turn && walk + "-" + turn, walk, turn, "noop"]) {
-    const index = name ? options.actions.indexOf(name) : -1;
-    if (index >= 0) return index;
-  }
-  return null;
-}
-
-// Whether the picture is much the same all over.
-function isWall() {
-  const small = document.createElement("canvas"), mean = (list) => list.reduce((a, b) => a + b) / list.length;
-  Object.assign(small, { width: 4, height: 4 });
-  const smallPen = small.getContext("2d", { willReadFrequently: true });
-  smallPen.imageSmoothingQuality = "high";
-  smallPen.drawImage(canvas, 0, 0, 4, 4);
-  const { data } = smallPen.getImageData(0, 0, 4, 4);
-  return mean([0, 1, 2].map((channel) => {
-    const levels = [...data].filter((_, i) => i % 4 === channel), middle = mean(levels);
-    return Math.sqrt(mean(levels.map((level) => (level - middle) ** 2)));
-  })) < WALL;
+  return directionOf(walked === null ? held : new Set([walker.next(canvas)]), options.actions);
 }
 
 function show(error) {

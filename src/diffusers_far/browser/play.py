@@ -34,10 +34,12 @@ def play_tab(
     """The page and its functions."""
     game = PlayServer(pipeline, players, starts, size)
     functions = [game.options, game.start, game.step, game.save, game.leave]
+    # The page's script is no module, so what it shares with web/ joins it without its exports.
+    shared = (HERE / "directions.js").read_text().replace("export ", "")
     return gr.HTML(
         html_template=(HERE / "play.html").read_text(),
         css_template=(HERE / "play.css").read_text(),
-        js_on_load=(HERE / "play.js").read_text(),
+        js_on_load=shared + (HERE / "play.js").read_text(),
         server_functions=[answering(function) for function in functions],
         elem_id="play",
     )
