@@ -125,6 +125,7 @@ class Rollout:
         self.max_rewind_frames = max_rewind_frames
         self.generator = generator
         self.device = device or transformer.device
+        self._dtype = transformer.dtype  # diffusers finds it by a walk through all modules
         self._start = (context_latents, context_actions)
         self.batch_size, _, *self._latent_shape = context_latents.shape
         self.change(
@@ -501,7 +502,7 @@ class Rollout:
             positions, inputs = [*positions, self.num_frames], [*inputs, latents]
             actions = [*actions, action]
             timesteps, ends = [*timesteps, timestep.float()], [*ends, end.float()]
-        hidden_states = torch.cat(inputs, dim=1).to(self.transformer.dtype)
+        hidden_states = torch.cat(inputs, dim=1).to(self._dtype)
         timestep_r = None  # where a step ends is for models of mean velocities
         if self.transformer.config.use_meanflow:
             timestep_r = torch.stack(ends).expand(self.num_sequences, -1)

@@ -481,8 +481,13 @@ class FARTransformer3DModel(
             embedded = embedded + self._embed_actions(actions, embedded)
         return nn.functional.silu(embedded)
 
+    @property
+    def _condition_dtype(self) -> torch.dtype:
+        # That of the model, which diffusers finds by a walk through all modules: half a millisecond.
+        return self.timestep_embedder.linear_1.bias.dtype
+
     def _project_time(self, timestep: Tensor) -> Tensor:
-        return self.time_proj(timestep.flatten()).to(self.dtype).unflatten(0, timestep.shape)
+        return self.time_proj(timestep.flatten()).to(self._condition_dtype).unflatten(0, timestep.shape)
 
     @staticmethod
     def _embed_labels(embedder: nn.Embedding, labels: Tensor | None, like: Tensor) -> Tensor:
@@ -499,6 +504,6 @@ class FARTransformer3DModel(
         if actions is None:
             actions = space.null(like.shape[:2], like.device)
         if space.is_vector:
-            return self.action_embedder(space.features(actions).to(self.dtype))
+            return self.action_embedder(space.features(actions).to(self._condition_dtype))
         embedded = self.action_embedder(space.rows(actions))
         return embedded.sum(dim=2) if space.is_grouped else embedded
