@@ -76,6 +76,7 @@ from evaluation.experiments.equal_time import (
     Kept,
     MarkTrainer,
     Measures,
+    Training,
     device_here,
     flops_per_step,
     make_coder,
@@ -305,8 +306,8 @@ class Trainer(MarkTrainer):
             self.objective = Pixels(self.model)  # type: ignore[assignment]
 
 
-def options_of(kind: str, arguments: argparse.Namespace, steps: int | None = None) -> FAROptions:
-    """Options of the run of one model; of as many steps as they say, or for a first look."""
+def training_of(kind: str, arguments: argparse.Namespace, steps: int | None = None) -> Training:
+    """How one of `KINDS` is trained, for so many steps, or for a first look."""
     rates: dict[str, dict[str, Any]] = {
         "FAR": NEW_MODEL,
         "UNet": {"learning_rate": arguments.unet_rate},
@@ -314,7 +315,9 @@ def options_of(kind: str, arguments: argparse.Namespace, steps: int | None = Non
     }
     length = OBSERVED + PREDICTED
     options = run_options(arguments, kind, num_frames=length, clean_context_probability=0.5, **rates[kind])
-    return options if steps is None else replace(options, max_train_steps=steps, validation_steps=steps)
+    if steps is not None:
+        options = replace(options, max_train_steps=steps, validation_steps=steps)
+    return Training(lambda options: Trainer(kind, arguments.full, options), options)
 
 
 def write_pixels(latents: Path, pixels: Path, coder: FARVideoPipeline, clips_at_once: int) -> None:
@@ -341,7 +344,7 @@ def write_pixels(latents: Path, pixels: Path, coder: FARVideoPipeline, clips_at_
 
 def load_model(kind: str, arguments: argparse.Namespace, step: int, device: torch.device) -> Any:
     """The averaged weights of a run after so many steps, in the format of training."""
-    folder = Path(options_of(kind, arguments).latents)
+    folder = Path(training_of(kind, arguments).options.latents)
     model = make_model(kind, LatentVideos(folder / "train"), arguments.full)
     model.load_state_dict(load_file(snapshot(arguments.output / kind, step)))
     if kind == "FAR":
@@ -436,7 +439,7 @@ def cost(kind: str, arguments: argparse.Namespace, step: int) -> dict[str, float
         coder = make_pipeline(model, arguments.autoencoder, OBSERVED + PREDICTED)
     elif kind == "UNet":
         coder = make_coder(arguments.autoencoder, device)
-    height, width = LatentVideos(Path(options_of(kind, arguments).latents) / "train").frame_shape[1:]
+    height, width = LatentVideos(Path(training_of(kind, arguments).options.latents) / "train").frame_shape[1:]
     if coder is not None:
         ratio = coder.vae.spatial_compression_ratio
         height, width = height * ratio, width * ratio
@@ -555,14 +558,11 @@ def main() -> None:
     settings["mixed_precision"] = arguments.mixed_precision
     kept = Kept(arguments.output / "measured.json", settings)
 
-    def trainer_of(kind: str) -> Callable[[FAROptions], Trainer]:
-        return lambda options: Trainer(kind, arguments.full, options)
-
     def plan(kind: str) -> dict[str, float]:
-        return {"flops_per_step": flops_per_step(trainer_of(kind), options_of(kind, arguments))}
+        return {"flops_per_step": flops_per_step(training_of(kind, arguments))}
 
     def plan_far() -> dict[str, float]:
-        seconds = seconds_per_step(trainer_of("FAR"), options_of("FAR", arguments))
+        (seconds,) = seconds_per_step([training_of("FAR", arguments)])
         return {**plan("FAR"), "seconds_per_step": seconds}
 
     far = kept("plan FAR", plan_far)
@@ -575,7 +575,7 @@ def main() -> None:
         per_step = kept(f"plan {kind}", lambda kind=kind: plan(kind))["flops_per_step"]
         steps = max(1, round(flops / per_step))
         if not snapshot(arguments.output / kind, steps).exists():
-            train_to_end(trainer_of(kind)(options_of(kind, arguments, steps)))
+            train_to_end(training_of(kind, arguments, steps))
 
         def measure(kind: str = kind, steps: int = steps, per_step: int = per_step) -> dict[str, Any]:
             model = load_model(kind, arguments, steps, device)

@@ -44,12 +44,14 @@ from evaluation.experiments.equal_time import (
     SIZES,
     Kept,
     Trainer,
+    Training,
     beside,
     held_out_clips,
     make_pipeline,
     new_model,
     noise_of,
     parse_arguments,
+    plan_steps,
     run_options,
     told,
     train_new,
@@ -85,8 +87,8 @@ OPTIONS = {
 BASELINE = "clean_0.1"
 
 
-def train_option(name: str, arguments: argparse.Namespace) -> tuple[FARTransformer3DModel, dict[str, Any]]:
-    """The model of an option, and its steps."""
+def training_of(name: str, arguments: argparse.Namespace) -> Training:
+    """How the model of an option is trained."""
     option = OPTIONS[name]
     options = run_options(
         arguments,
@@ -96,10 +98,8 @@ def train_option(name: str, arguments: argparse.Namespace) -> tuple[FARTransform
         own_context_probability=option.own,
         **NEW_MODEL,
     )
-    return train_new(
-        lambda options: Trainer(lambda videos: new_model(videos, SIZES[arguments.full]), options),
-        options,
-        arguments.minutes,
+    return Training(
+        lambda options: Trainer(lambda videos: new_model(videos, SIZES[arguments.full]), options), options
     )
 
 
@@ -230,11 +230,13 @@ def main() -> None:
     def kept_of(name: str) -> Kept:
         return Kept(arguments.output / name / "measured.json", settings)
 
+    trainings = {name: training_of(name, arguments) for name in OPTIONS}
+    plan_steps(trainings.values(), arguments.minutes)
     for name, way in parts:
         kept = kept_of(name)
         if name not in arguments.options or way in kept.results:
             continue
-        model, trained = train_option(name, arguments)
+        model, trained = train_new(trainings[name])
         if way != name:
             mark_as_least_noise(model)
         kept(

@@ -55,6 +55,7 @@ from evaluation.experiments.equal_time import (
     Kept,
     MarkTrainer,
     Measures,
+    Training,
     device_here,
     flops_per_step,
     make_coder,
@@ -309,12 +310,11 @@ class Trainer(MarkTrainer):
             self.objective = NextCode(self.network, codebook, autocast)  # type: ignore[assignment]
 
 
-def plan(
-    trainers: dict[str, Callable[[FAROptions], Trainer]], arguments: argparse.Namespace
-) -> dict[str, Any]:
+def plan(codebook: Codebook, arguments: argparse.Namespace) -> dict[str, Any]:
     """By kind: `steps`, a multiple of the marks, and `flops_per_step`."""
-    flops = {kind: flops_per_step(trainer, options_of(kind, arguments)) for kind, trainer in trainers.items()}
-    seconds = seconds_per_step(trainers["FAR"], options_of("FAR", arguments))
+    trainings = {kind: training_of(kind, codebook, arguments) for kind in KINDS}
+    flops = {kind: flops_per_step(training) for kind, training in trainings.items()}
+    (seconds,) = seconds_per_step([trainings["FAR"]])
     total = arguments.minutes * 60 / seconds * flops["FAR"]
     marks = arguments.marks
     return {
@@ -323,8 +323,10 @@ def plan(
     } | {"seconds_per_step": {"FAR": round(seconds, 3)}}
 
 
-def options_of(kind: str, arguments: argparse.Namespace, steps: int | None = None) -> FAROptions:
-    """Options of the run of one model; of as many steps as they say, or for a first look."""
+def training_of(
+    kind: str, codebook: Codebook, arguments: argparse.Namespace, steps: int | None = None
+) -> Training:
+    """How one of `KINDS` is trained, for so many steps, or for a first look."""
     options = run_options(
         arguments,
         kind,
@@ -333,9 +335,9 @@ def options_of(kind: str, arguments: argparse.Namespace, steps: int | None = Non
         lr_scheduler="constant_with_warmup",
         **NEW_MODEL,
     )
-    if steps is None:
-        return options
-    return replace(options, max_train_steps=steps, validation_steps=steps // arguments.marks)
+    if steps is not None:
+        options = replace(options, max_train_steps=steps, validation_steps=steps // arguments.marks)
+    return Training(lambda options: Trainer(kind, codebook, arguments.full, options), options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -433,17 +435,13 @@ def main() -> None:
             save_file({"codes": find_codes(videos, patch)}, unfinished)
     codebook = Codebook(load_file(codes)["codes"], patch)
 
-    def trainer_of(kind: str) -> Callable[[FAROptions], Trainer]:
-        return lambda options: Trainer(kind, codebook, arguments.full, options)
-
-    trainers = {kind: trainer_of(kind) for kind in KINDS}
-    planned = kept("plan", lambda: plan(trainers, arguments))
+    planned = kept("plan", lambda: plan(codebook, arguments))
     dtype = DTYPES[arguments.mixed_precision]
     measured: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         steps, folder = planned[kind]["steps"], arguments.output / kind
         if not snapshot(folder, steps).exists():
-            train_to_end(trainers[kind](options_of(kind, arguments, steps)))
+            train_to_end(training_of(kind, codebook, arguments, steps))
         for mark in range(1, arguments.marks + 1):
             step = steps // arguments.marks * mark
 

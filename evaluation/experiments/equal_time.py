@@ -1,8 +1,8 @@
 """What the experiments share: models trained for equal time, and results that are kept as they come.
 
-Time is that of a processor (on a GPU that of the clock), so that other work on the machine does not change
-who wins: the cost of a step is measured first, and each model gets as many steps as fit into the minutes. All
-models of one experiment see the same batches, as these depend on the seed and the step alone.
+Time is that of a processor (on a GPU that of the clock), and the cost of a step is measured first, of all
+models in turn, so that other work on the machine does not change who wins; each model gets as many steps as
+fit into the minutes. All see the same batches, as these depend on the seed and the step alone.
 
 Models whose steps are of other kinds get equal floating-point operations in place of time: as many as the
 first of them does in its minutes.
@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -180,60 +180,85 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_per_step(make_trainer: Callable[[FAROptions], Trainer], options: FAROptions) -> float:
-    """Of one batch, over the first ones."""
-    trainer = make_trainer(options)
-    device = trainer.run.accelerator.device
-    trainer.step(0)  # warms up
-    started = now(device)
-    for index in range(1, CALIBRATION_STEPS):
-        trainer.step(index)
-    return (now(device) - started) / (CALIBRATION_STEPS - 1)
+@dataclass(frozen=True)
+class Training:
+    """How one model is trained.
+
+    Args:
+        make_trainer: for options, which are those below but for the number of steps.
+        options: of its run.
+    """
+
+    make_trainer: Callable[[FAROptions], Trainer]
+    options: FAROptions
+
+    @property
+    def plan(self) -> Path:
+        """The file that says how many steps it gets."""
+        return Path(self.options.output_dir) / "plan.json"
 
 
-def flops_per_step(make_trainer: Callable[[FAROptions], Trainer], options: FAROptions) -> int:
+def seconds_per_step(trainings: Sequence[Training]) -> list[float]:
+    """Of one batch of each, over the first ones.
+
+    The models take their steps in turn: what else the machine does then makes all of them slower alike.
+    """
+    trainers = [training.make_trainer(training.options) for training in trainings]
+    spent = [0.0] * len(trainers)
+    for index in range(CALIBRATION_STEPS):
+        for number, trainer in enumerate(trainers):
+            device = trainer.run.accelerator.device
+            started = now(device)
+            trainer.step(index)
+            if index > 0:  # the first one warms up
+                spent[number] += now(device) - started
+    return [seconds / (CALIBRATION_STEPS - 1) for seconds in spent]
+
+
+def flops_per_step(training: Training) -> int:
     """Floating-point operations of one batch, forward, backward and optimizers, as PyTorch counts them."""
-    trainer = make_trainer(options)
+    trainer = training.make_trainer(training.options)
     with FlopCounterMode(display=False) as counter:
         trainer.step(0)
     return counter.get_total_flops()
 
 
-def train_to_end(trainer: Trainer) -> None:
+def plan_steps(trainings: Iterable[Training], minutes: float) -> None:
+    """Write down how many steps of each fit into so many minutes; those that have a plan keep it."""
+    unplanned = [training for training in trainings if not training.plan.exists()]
+    for training, seconds in zip(unplanned, seconds_per_step(unplanned), strict=True):
+        seconds *= training.options.gradient_accumulation_steps
+        number = max(1, round(minutes * 60 / seconds))
+        training.plan.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(training.plan) as unfinished:
+            unfinished.write_text(json.dumps({"steps": number, "seconds_per_step": round(seconds, 3)}))
+
+
+def train_to_end(training: Training) -> Trainer:
     """Train for all steps of its options, or go on with that; ends the process if it is interrupted."""
+    trainer = training.make_trainer(training.options)
     if not trainer.train():
-        sys.exit(f"{Path(trainer.options.output_dir).name}: interrupted; start again to go on")
+        sys.exit(f"{Path(training.options.output_dir).name}: interrupted; start again to go on")
+    return trainer
 
 
-def train(
-    make_trainer: Callable[[FAROptions], Trainer], options: FAROptions, minutes: float
-) -> tuple[Trainer, dict[str, Any]]:
-    """Train a model for so many minutes, or go on with that; ends the process if it is interrupted.
+def train(training: Training) -> tuple[Trainer, dict[str, Any]]:
+    """Train a model for as long as is planned, or go on with that; ends the process if it is interrupted.
 
     Returns:
         The trainer, and `steps` and `seconds_per_step`.
     """
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "plan.json"
-    if not plan.exists():
-        seconds = seconds_per_step(make_trainer, options) * options.gradient_accumulation_steps
-        with written_whole(plan) as unfinished:
-            number = max(1, round(minutes * 60 / seconds))
-            unfinished.write_text(json.dumps({"steps": number, "seconds_per_step": round(seconds, 3)}))
-    planned: dict[str, Any] = json.loads(plan.read_text())
-    trainer = make_trainer(replace(options, max_train_steps=planned["steps"]))
-    train_to_end(trainer)
-    return trainer, planned
+    planned: dict[str, Any] = json.loads(training.plan.read_text())
+    options = replace(training.options, max_train_steps=planned["steps"])
+    return train_to_end(replace(training, options=options)), planned
 
 
-def train_new(
-    make_trainer: Callable[[FAROptions], Trainer], options: FAROptions, minutes: float
-) -> tuple[FARTransformer3DModel, dict[str, Any]]:
+def train_new(training: Training) -> tuple[FARTransformer3DModel, dict[str, Any]]:
     """As `train`: the averaged weights as a model of its own, in the format of training, and what it took."""
+    options = training.options
     done = Path(options.output_dir) / "trained.json"
     if not done.exists():
-        planned = train(make_trainer, options, minutes)[1]
+        planned = train(training)[1]
         with written_whole(done) as unfinished:
             unfinished.write_text(json.dumps(planned))
     dtype = DTYPES[options.mixed_precision]

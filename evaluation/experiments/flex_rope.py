@@ -53,6 +53,7 @@ from evaluation.experiments.equal_time import (
     SIZES,
     Kept,
     Trainer,
+    Training,
     Wrapper,
     beside,
     held_out_clips,
@@ -60,6 +61,7 @@ from evaluation.experiments.equal_time import (
     new_model,
     noise_of,
     parse_arguments,
+    plan_steps,
     run_options,
     sources_of,
     train_new,
@@ -141,8 +143,8 @@ def forget_time(model: FARTransformer3DModel) -> FARTransformer3DModel:
     return model
 
 
-def train_model(name: str, arguments: argparse.Namespace) -> tuple[FARTransformer3DModel, dict[str, Any]]:
-    """`base` or `ALiBi`, and its steps."""
+def training_of(name: str, arguments: argparse.Namespace) -> Training:
+    """How `base` or `ALiBi` is trained."""
     is_alibi = name == "ALiBi"
 
     def make_model(videos: LatentVideos) -> FARTransformer3DModel:
@@ -152,10 +154,7 @@ def train_model(name: str, arguments: argparse.Namespace) -> tuple[FARTransforme
 
     options = run_options(arguments, name, num_frames=TRAINED, clean_context_probability=0.5, **NEW_MODEL)
     wrapper = BiasedTime if is_alibi else None
-    model, trained = train_new(
-        lambda options: Trainer(make_model, options, wrapper), options, arguments.minutes
-    )
-    return forget_time(model) if is_alibi else model, trained
+    return Training(lambda options: Trainer(make_model, options, wrapper), options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,8 +393,11 @@ def main() -> None:
     kept = Kept(arguments.output / "measured.json", settings)
 
     models, trained = {}, {}
-    for name in ("base", "ALiBi"):
-        models[name], trained[name] = train_model(name, arguments)
+    trainings = {name: training_of(name, arguments) for name in ("base", "ALiBi")}
+    plan_steps(trainings.values(), arguments.minutes)
+    for name, training in trainings.items():
+        models[name], trained[name] = train_new(training)
+    forget_time(models["ALiBi"])
     choosing = list(range(arguments.choosing_walks))
     reported = list(range(arguments.choosing_walks, arguments.walks))
     slope_losses = {}

@@ -45,12 +45,14 @@ from evaluation.experiments.equal_time import (
     Kept,
     Targets,
     Trainer,
+    Training,
     beside,
     make_pipeline,
     new_model,
     next_frame_losses,
     now,
     parse_arguments,
+    plan_steps,
     processor,
     run_options,
     told,
@@ -92,10 +94,10 @@ def options_of(name: str, arguments: argparse.Namespace) -> FAROptions:
     return run_options(arguments, name, **changes)
 
 
-def train_option(
+def training_of(
     name: str, checkpoint: FARTransformer3DModel | None, arguments: argparse.Namespace
-) -> tuple[FARTransformer3DModel, dict[str, Any]]:
-    """The model of an option, and its steps."""
+) -> Training:
+    """How the model of an option is trained."""
 
     def make_model(videos: LatentVideos) -> FARTransformer3DModel:
         if checkpoint is None:
@@ -105,9 +107,7 @@ def train_option(
         model.set_attn_processor(processor())
         return model
 
-    return train_new(
-        lambda options: Trainer(make_model, options), options_of(name, arguments), arguments.minutes
-    )
+    return Training(lambda options: Trainer(make_model, options), options_of(name, arguments))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,11 +265,13 @@ def main() -> None:
     def kept_of(name: str) -> Kept:
         return Kept(arguments.output / name / "measured.json", settings)
 
+    trainings = {name: training_of(name, checkpoint, arguments) for name in OPTIONS}
+    plan_steps(trainings.values(), arguments.minutes)
     for name in (name for name in OPTIONS if name in arguments.options):
         kept = kept_of(name)
         if "measured" in kept.results:
             continue
-        model, trained = train_option(name, checkpoint, arguments)
+        model, trained = train_new(trainings[name])
         kept(
             "measured",
             lambda model=model, trained=trained: {

@@ -201,13 +201,19 @@ def run_options(arguments: argparse.Namespace, name: str) -> FAROptions:
     return equal_time.run_options(arguments, name, **{**values, **OPTIONS[name].changes})
 
 
-def train(name: str, checkpoint: FARTransformer3DModel, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one option and measure it: its losses and cost."""
-    option, options = OPTIONS[name], run_options(arguments, name)
-    trainer, planned = equal_time.train(
-        lambda options: Trainer(option, checkpoint, options), options, arguments.minutes
+def training_of(
+    name: str, checkpoint: FARTransformer3DModel, arguments: argparse.Namespace
+) -> equal_time.Training:
+    """How an option is trained."""
+    return equal_time.Training(
+        lambda options: Trainer(OPTIONS[name], checkpoint, options), run_options(arguments, name)
     )
-    videos = LatentVideos(Path(options.latents) / "validation")
+
+
+def train(training: equal_time.Training, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one option and measure it: its losses and cost."""
+    trainer, planned = equal_time.train(training)
+    videos = LatentVideos(Path(training.options.latents) / "validation")
     targets = Targets(videos, arguments.walks, CONTEXTS, NOISY_FRAMES)
     with trainer.run.averaged_weights():
         found = measure(trainer.learner.eval(), targets, arguments.batch_size)
@@ -234,10 +240,13 @@ def main() -> None:
         parser.error(f"checkpoint={str(arguments.checkpoint)!r} is a base model; it takes a Long one")
 
     results = {}
-    for name in [name for name in OPTIONS if name in arguments.options]:
+    chosen = [name for name in OPTIONS if name in arguments.options]
+    trainings = {name: training_of(name, checkpoint, arguments) for name in chosen}
+    equal_time.plan_steps(trainings.values(), arguments.minutes)
+    for name, training in trainings.items():
         path = arguments.output / name / "results.json"
         if not path.exists():
-            result = train(name, checkpoint, arguments)
+            result = train(training, arguments)
             with written_whole(path) as unfinished:
                 unfinished.write_text(json.dumps(result))
         results[name] = json.loads(path.read_text())

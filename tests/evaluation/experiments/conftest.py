@@ -25,7 +25,7 @@ def autoencoder(tmp_path: Path) -> Path:
 def tiny_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     """New models are tiny, get 8 steps in 0.002 minutes, and learn enough in these to differ."""
     size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
-    monkeypatch.setattr(equal_time, "seconds_per_step", lambda make_trainer, options: 0.015)
+    monkeypatch.setattr(equal_time, "seconds_per_step", lambda trainings: [0.015] * len(trainings))
     monkeypatch.setitem(equal_time.SIZES, False, ModelOptions(patch_size=2, **size))
     for name in equal_time.NEW_MODEL:
         monkeypatch.setitem(equal_time.NEW_MODEL, name, 0.03)

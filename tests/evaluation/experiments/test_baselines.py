@@ -32,7 +32,7 @@ class Means(nn.Module):
 
 @pytest.fixture(autouse=True)
 def short_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "seconds_per_step", lambda make_trainer, options: 0.1)  # 6 steps
+    monkeypatch.setattr(baselines, "seconds_per_step", lambda trainings: [0.1])  # 6 steps
     monkeypatch.setattr(equal_time, "I3D", Means)
     monkeypatch.setattr(baselines, "OBSERVED", OBSERVED)
     monkeypatch.setattr(baselines, "PREDICTED", PREDICTED)

@@ -45,7 +45,7 @@ def test_models_are_trained_and_continue_walks_once(
     assert text.count("| clean_0.5_own |") == 4 and "±" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(clean_context, "train_option", None)  # not called again
+    monkeypatch.setattr(clean_context, "train_new", None)  # not called again
     clean_context.main()
     assert {row["way"]: row for row in json.loads((output / "results.json").read_text())["rows"]} == rows
 

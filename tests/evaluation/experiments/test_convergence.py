@@ -26,7 +26,7 @@ class Means(nn.Module):
 
 @pytest.fixture(autouse=True)
 def short_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convergence, "seconds_per_step", lambda make_trainer, options: 0.1)  # 6 steps
+    monkeypatch.setattr(convergence, "seconds_per_step", lambda trainings: [0.1])  # 6 steps
     sizes = {"OBSERVED": OBSERVED, "PREDICTED": PREDICTED, "CODES": CODES, "STEPS": 2}
     monkeypatch.setattr(equal_time, "I3D", Means)
     for name, value in sizes.items():

@@ -58,7 +58,7 @@ def test_models_are_trained_and_measured_once(
     assert (output / "results.md").read_text().count("| full |") == 2
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(long_context, "train_option", None)  # not called again
+    monkeypatch.setattr(long_context, "train_new", None)  # not called again
     long_context.main()
     assert {row["option"]: row for row in json.loads((output / "results.json").read_text())["rows"]} == rows
 
