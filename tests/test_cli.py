@@ -110,6 +110,25 @@ def test_an_interruption_keeps_the_frames_so_far(
     assert len(read_video(tmp_path / "part.mp4")) == 8
 
 
+def test_frames_without_meaning_end_a_video_with_those_before(
+    checkpoint: str, video: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers_far import Rollout
+
+    step, steps = Rollout.step_latents, []
+
+    def broken(self, action, noise=None, **others):
+        steps.append(1)
+        noise = torch.full((1, 1, *self._latent_shape), float("nan")) if len(steps) == 3 else noise
+        return step(self, action, noise, **others)
+
+    monkeypatch.setattr(Rollout, "step_latents", broken)
+    output = tmp_path / "part.mp4"
+    result = run("continue", video, "--checkpoint", checkpoint, "--num-frames", 20, "--output", output)
+    assert result.exit_code == 1 and "Error: frame 8 came out with values that are NaN" in result.output
+    assert f"{output}: 8 frames, 6 of them given" in result.output and len(read_video(output)) == 8
+
+
 def test_continue_with_vectors(video: str, tmp_path: Path) -> None:
     """As a text, and from a file; the last one goes on."""
     model = transformer(action_dim=2, action_mean=[1.0, 2.0], action_std=[1.0, 1.0])

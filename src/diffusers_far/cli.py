@@ -58,7 +58,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             raise click.ClickException(" ".join(str(error).split())) from error
 
 
@@ -244,6 +244,9 @@ def make_video(
                 progress(number)
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except FloatingPointError as error:  # the frames before it are kept
+            click.echo(f"Error: {error}", err=True)
+            code = 1
     if writer.num_frames:
         click.echo(f"{output}: {writer.num_frames} frames, {num_given} of them given")
     sys.exit(code)
@@ -473,8 +476,6 @@ def train(words: tuple[str, ...]) -> None:
         if error.name not in ("datasets", "peft", "pyarrow", "torchmetrics", "yaml"):
             raise
         raise ValueError(f'training needs {error.name}: pip install "diffusers-far[train]"') from error
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from error
     sys.exit(code)
 
 
@@ -488,11 +489,12 @@ def evaluate(words: tuple[str, ...]) -> None:
     """
     try:
         from .evaluation.run import main as evaluate_model
+
+        evaluate_model(words)
     except ModuleNotFoundError as error:
-        if error.name not in ("torchmetrics", "yaml"):
+        if error.name not in ("datasets", "pyarrow", "torchmetrics", "yaml"):
             raise
         raise ValueError(f'evaluation needs {error.name}: pip install "diffusers-far[eval]"') from error
-    evaluate_model(words)
 
 
 @main.command()
@@ -528,7 +530,11 @@ def play(static: bool, dtype: str, **options: Any) -> None:
             text = f"--{name.replace('_', '-')} goes {'without' if static else 'with'} --static"
             raise click.UsageError(text)
     if static:
-        serve_static(options["checkpoint"], options["episodes"], dtype, options["host"], options["port"])
+        checkpoint = options["checkpoint"]
+        for name in ("dtype", "episodes") if (Path(checkpoint) / "rollout.json").is_file() else ():
+            if given(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name} goes with a checkpoint, and {checkpoint} is an export")
+        serve_static(checkpoint, options["episodes"], dtype, options["host"], options["port"])
         return
     try:
         from .browser.app import launch

@@ -58,7 +58,7 @@ def describe_pipeline(pipeline: Any) -> dict[str, Any]:
         + " in float32",
         "operations": f"{count_flops(model, grid) / 1e9:.2f} GFLOP for a denoising step after 16 frames",
     }
-    defaults = ("num_inference_steps", "flex_rope_slope", "sample_size")
+    defaults = ("num_training_frames", "num_inference_steps", "flex_rope_slope", "sample_size")
     return figures | {name: pipeline.config[name] for name in defaults}
 
 

@@ -1,5 +1,7 @@
 """What pipelines are given, and which are refused."""
 
+import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusers_far.evaluation.clips import Clip, open_clips
 from diffusers_far.evaluation.prediction import Predictor, generator
 from diffusers_far.evaluation.protocols import EvaluateOptions
+from diffusers_far.training.clips import AUTOENCODER_KEY
+from diffusers_far.training.encode_latents import hash_autoencoder
+from diffusers_far.video_files import save_video
 from tests.evaluation.guesses import Guess, write_videos
-from tests.tiny_models import pipeline, transformer
+from tests.tiny_models import latents, pipeline, transformer
 
 
 def options(**changes: Any) -> EvaluateOptions:
@@ -49,6 +55,35 @@ def test_a_pipeline_is_given_what_is_known(data: Path) -> None:
     assert given["actions"].tolist() == [[0, 1, 2, 3] * 2] * 3
     assert given["guidance_scale"] == 1.5 and given["flex_rope_slope"] == 0.5 and given["output_type"] == "pt"
     assert "class_labels" not in given and "num_inference_steps" not in given
+
+
+def test_actions_of_shards_are_given_too(tmp_path: Path) -> None:
+    shard = tmp_path / "data" / "validation" / "shard.tar"
+    shard.parent.mkdir(parents=True)
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a", "b"):
+            save_video(np.random.default_rng(0).random((8, 32, 32, 3)), tmp_path / f"{name}.mp4", 10)
+            (tmp_path / f"{name}.json").write_text(json.dumps({"actions": [0, 1, 2, 3] * 2}))
+            for ending in ("mp4", "json"):
+                tar.add(tmp_path / f"{name}.{ending}", f"{name}.{ending}")
+    model = Recorder()
+    predictor, _ = predicted(model, tmp_path / "data", options(protocol="teco", num_videos=2))
+    assert predictor.conditions == ["actions"] and predictor.guidance_scale == 1.5
+    assert model.arguments["actions"].tolist() == [[0, 1, 2, 3] * 2] * 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_latents_of_another_autoencoder_are_told(
+    tmp_path: Path, same: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = pipeline(transformer())
+    encoder = hash_autoencoder(pipe.vae) if same else "0" * 64
+    file = tmp_path / "validation" / "0.safetensors"
+    file.parent.mkdir()
+    save_file({"latents": latents(1, 10)[0].half()}, file, {AUTOENCODER_KEY: encoder})
+    settled = options(num_videos=1)
+    Predictor(pipe, open_clips(tmp_path, settled), settled)
+    assert ("encoded by other weights" in caplog.text) is not same
 
 
 def test_without_context_it_is_told_the_size(tmp_path: Path) -> None:

@@ -374,6 +374,12 @@ def test_float16_of_an_any_step_model_with_vectors_as_actions(tmp_path: Path) ->
     assert tm.TOLERANCE < largest_error(exported, pipe, [[1.0, -2.0], None, [3.0, 0.5], [0.0, 9.0]]) < 0.02
     with pytest.raises(ValueError, match="must be 2 numbers"):
         exported.step_latents([1.0, 2.0, 3.0])
+    for wrong in ([np.inf, 0.0], [np.nan, 0.0]):
+        with pytest.raises(ValueError, match="finite, or NaN alone"):
+            exported.step_latents(wrong)
+    alone = exported.step_latents([np.nan, np.nan])
+    exported.rewind(1)
+    assert np.array_equal(alone, exported.step_latents())
 
 
 def test_a_game_needs_neither_pytorch_nor_onnx() -> None:

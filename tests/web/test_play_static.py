@@ -31,8 +31,11 @@ def test_it_serves_an_export_with_the_page_until_ctrl_c(repository: Path, long_m
         (["--static", "--max-players", "2"], "--max-players goes without --static"),
         (["--static", "--device", "cpu"], "--device goes without --static"),
         (["--dtype", "int8"], "--dtype goes with --static"),
+        (["--static", "--checkpoint", "EXPORT", "--dtype", "int8"], "--dtype goes with a checkpoint, and"),
+        (["--static", "--checkpoint", "EXPORT", "--episodes", "x"], "--episodes goes with a checkpoint, and"),
     ],
 )
-def test_options_of_the_other_way_to_play(options: list[str], message: str) -> None:
-    done = CliRunner().invoke(main, ["play", *options])
+def test_options_of_the_other_way_to_play(options: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "rollout.json").touch()  # an export, as far as the command looks
+    done = CliRunner().invoke(main, ["play", *(str(tmp_path) if o == "EXPORT" else o for o in options)])
     assert done.exit_code == 2 and message in done.output

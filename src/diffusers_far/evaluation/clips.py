@@ -62,12 +62,16 @@ class RealVideos(Protocol):
     def are_latents(self) -> bool: ...
 
     @property
+    def autoencoder(self) -> str | None:
+        """Hash of the one that made the latents, where they have it."""
+
+    @property
     def identity(self) -> str:
         """A hash that changes with the videos."""
 
     @property
     def actions(self) -> Iterator[tuple[str, Tensor]]:
-        """Those of videos that can be asked without reading them, and where they are, for a check."""
+        """Those of the videos of `clips`, and where they are, for a check."""
 
     def read(self, clips: Sequence[Clip], options: FrameOptions) -> Iterator[RealClip]:
         """Some of the clips, in order of their videos."""
@@ -126,6 +130,7 @@ class RecordedVideos:
     """Clips of videos as they are."""
 
     are_latents = False
+    autoencoder = None
 
     def __init__(self, episodes: Episodes, options: EvaluateOptions) -> None:
         frames = options.frame_options()
@@ -144,9 +149,8 @@ class RecordedVideos:
 
     @property
     def actions(self) -> Iterator[tuple[str, Tensor]]:
-        names = {clip.video for clip in self.clips}
-        for episode in self.episodes.listed:
-            if episode.name in names and (values := episode.actions) is not None:
+        for episode in self.episodes.only({clip.video for clip in self.clips}):
+            if (values := episode.actions) is not None:
                 yield episode.where, stack_actions(values)
 
     def read(self, clips: Sequence[Clip], options: FrameOptions) -> Iterator[RealClip]:
@@ -203,6 +207,10 @@ class EncodedVideos:
     @property
     def identity(self) -> str:
         return self.videos.fingerprint()
+
+    @property
+    def autoencoder(self) -> str | None:
+        return self.videos.autoencoder
 
     @property
     def actions(self) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from ..actions import ActionSpace
 from ..inputs import action_tensor, check_size
+from ..training.encode_latents import hash_autoencoder
 from .clips import Clip, RealClip, RealVideos
 from .protocols import EvaluateOptions
 
+logger = logging.getLogger("evaluate")
 NEEDED = ("video", "num_frames", "generator", "output_type")  # arguments that a pipeline must take
 OWN = ("video", "video_latents", "num_frames", "actions", "class_labels", "generator", "output_type")
 
@@ -57,6 +60,7 @@ class Predictor:
             raise ValueError(f"pipeline: a call of {self.name} takes no {', '.join(missing)}")
         if videos.are_latents and not hasattr(pipeline, "decode_latents"):
             raise ValueError(f"data are latents, but {self.name} has no decode_latents; give the videos")
+        self._check_autoencoder(videos)
         model = getattr(pipeline, "transformer", None)
         self.space: Any = getattr(model, "action_space", "unknown")
         num_classes = getattr(getattr(model, "config", None), "num_classes", "unknown")
@@ -66,6 +70,17 @@ class Predictor:
         self.has_labels = self.takes_labels and all(clip.class_label is not None for clip in videos.clips)
         self.arguments = self._common_arguments(dict(call_arguments or {}), takes_all)
         self._check_size()
+
+    def _check_autoencoder(self, videos: RealVideos) -> None:
+        vae = getattr(self.pipeline, "vae", None)
+        # Rounded weights have another hash, though what they decode is much the same.
+        if videos.autoencoder is None or vae is None or vae.dtype != torch.float32:
+            return
+        if hash_autoencoder(vae) != videos.autoencoder:
+            logger.warning(
+                "the latents were encoded by other weights than those of this pipeline's autoencoder: unless "
+                "only their rounding differs, all figures are wrong"
+            )
 
     def _check_actions(self, videos: RealVideos) -> bool:
         found = False

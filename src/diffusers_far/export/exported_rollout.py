@@ -160,8 +160,8 @@ class ExportedRollout:
         """Make the next frame, `[H, W, 3]` float32 in [0, 1].
 
         Args:
-            action: that leads to it: an int; `[G]` ints of groups; `[A]` numbers of vectors. Negative (of
-                vectors NaN), or None: the null condition.
+            action: that leads to it: an int; `[G]` ints of groups; `[A]` numbers of vectors. None is
+                the null condition, as is -1, and a vector of NaN alone.
         """
         return self.decode(self.step_latents(action))
 
@@ -273,10 +273,16 @@ class ExportedRollout:
         )
         given = np.asarray(action)
         fits = given.shape == null.shape and given.dtype.kind in ("iuf" if kind == "vector" else "iu")
-        if fits and kind != "vector":
+        if fits and kind == "vector":
+            fits = bool(np.isfinite(given).all() or np.isnan(given).all())
+        elif fits:
             bounds = np.array(sizes if kind == "groups" else sizes[0])
             fits = bool(((given >= -1) & (given <= bounds)).all())
         if not fits:
-            takes = f"{sizes[0]} numbers" if kind == "vector" else f"integers of -1 to {sizes}"
+            takes = (
+                f"{sizes[0]} numbers (finite, or NaN alone)"
+                if kind == "vector"
+                else f"integers of -1 to {sizes}"
+            )
             raise ValueError(f"action={action!r} must be {takes}, or None")
         return given.astype(null.dtype)
