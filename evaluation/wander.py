@@ -28,7 +28,7 @@ from evaluation.context_curve import BLOCK, mean_appearance
 from evaluation.rollout_picture import contact_sheet, read_frames
 
 FORWARD, LEFT, RIGHT = 1, 2, 3
-TURN = 6  # frames of a turn, about 60 degrees
+TURN = 6  # frames of a turn, a quarter of a circle
 OTHER_WAY = 100  # frames after which it turns to the other side
 NEAR = 0.06  # difference in colour of the wall ahead and the floor below it, from which on there is a floor
 
