@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from diffusers_far import ContextSchedule, FARVideoPipeline
+from diffusers_far import ContextSchedule
+from diffusers_far.loading import load_pipeline
 
 
 def milliseconds(times: list[float]) -> dict[str, float]:
@@ -27,7 +28,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
-    parser.add_argument("--context", type=int, default=24, help="frames before the first played one")
+    parser.add_argument("--context", type=int, default=256, help="frames before the first played one")
     parser.add_argument("--frames", type=int, default=200, help="played frames")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
     parser.add_argument("--refresh-interval", type=int, default=1, help="of ContextSchedule; 0: never")
@@ -36,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint).to(arguments.device)
+    pipeline = load_pipeline(arguments.checkpoint, arguments.device, "float32")
     config = pipeline.transformer.config
     size = [side // pipeline.vae_scale_factor for side in pipeline.default_size]
     generator = torch.Generator().manual_seed(0)
