@@ -43,7 +43,7 @@ from diffusers_far.training.train_far import FARTrainer
 from diffusers_far.whole_files import written_whole
 from evaluation.world_model import decode
 
-CALIBRATION_STEPS = 30  # whose cost says how many steps a model gets; batches differ, by own frames for one
+CALIBRATION_STEPS = 30  # whose cost says how many steps a model gets; batches with own frames cost more
 SAMPLING_STEPS = 5  # of UniPC, of a frame
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}  # of models by `--mixed-precision`
 LEVELS = (0.3, 0.5, 0.7, 0.9)  # noise of the next frame
