@@ -231,7 +231,9 @@ def draw(rows: list[dict[str, Any]], num_observed: int, path: Path) -> None:
             (axes[2], "tokens", "psnr", ("tokens of the context", "PSNR of revisits, dB")),
         ):
             axis.set(xlabel=titles[0], title=titles[1])
-            axis.set_xscale("log")
+            if across == "tokens":
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:.0f}")
             for row in rows:
                 error = row[key].get("standard_error", 0.0)
                 axis.errorbar(row[across], row[key]["mean"], error, marker="o", label=row["option"])
