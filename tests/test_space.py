@@ -262,11 +262,8 @@ def test_a_static_space_of_any_model_takes_episodes(
         (["--space", "gradio", "--hardware", "abacus"], "--hardware: got abacus; it takes one of cpu-basic,"),
         (["--space", "gradio", "--dtype", "int8"], "--dtype: got int8; a gradio Space takes none"),
         (["--space", "static", "--hardware", "t4-small"], "--hardware: got t4-small; a static Space takes"),
-        (["--space", "static", "--page", "nowhere"], "--page: nowhere is not there; run `make web`"),
-        (
-            ["--space", "static", "--page", "."],
-            "has no index.html; it takes the folder that `make web`",
-        ),
+        (["--space", "static", "--page", "nowhere"], "--page: nowhere has no index.html; run `make web`"),
+        (["--space", "static", "--page", "."], "--page: . has no index.html; run `make web`"),
         (["--space", "gradio", "--episodes", "nowhere"], "--episodes: nowhere is not there"),
         (["--space", "gradio", "--revision", "main"], "--revision goes without --space"),
         (["--title", "A game"], "--title goes with --space"),

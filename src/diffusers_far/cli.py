@@ -551,7 +551,7 @@ def serve_static(checkpoint: str, episodes: str, dtype: str, host: str, port: in
     """Serve the page of web/ with a model until Ctrl-C."""
     from .browser.static_page import find_page, make_server
 
-    page = find_page()
+    page = find_page("static")
     model = Path(checkpoint)
     if not (model / "rollout.json").is_file():
         need_export()

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from .browser.starts import starts_for_export
-from .browser.static_page import ISOLATED, PAGE
+from .browser.static_page import ISOLATED, find_page
 from .hub import MARKER, TAGS, told_in_our_words, visible_files
 from .loading import load_pipeline
 from .shipped import EPISODES, WORLDS, find, locate
@@ -85,7 +85,7 @@ def write_space(
     validate_repo_id(repo_id)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"--dry-run: {folder} exists already; it takes a new folder, or an empty one")
-    page_folder = find_page(page) if sdk == "static" else None
+    page_folder = find_page("page", page) if sdk == "static" else None
     hardware = check_hardware(hardware)
     world = WORLDS.get(Path(checkpoint).name)
     if world is not None:
@@ -198,25 +198,6 @@ def check_hardware(name: str | None) -> str:
     if name is not None and name not in names:
         raise ValueError(f"--hardware: got {name}; it takes one of {', '.join(names)}")
     return name or SpaceHardware.CPU_BASIC.value
-
-
-def find_page(page: str | None) -> Path:
-    """The folder of the built page.
-
-    Raises:
-        ValueError: where it is not built.
-    """
-    try:
-        folder = find(page or PAGE, "page")
-    except ValueError as error:
-        raise ValueError(
-            f"--page: {page or PAGE} is not there; run `make web` in a checkout, or give the folder it made"
-        ) from error
-    if not (folder / "index.html").is_file():
-        raise ValueError(
-            f"--page: {folder} has no index.html; it takes the folder that `make web` makes in a checkout"
-        )
-    return folder
 
 
 def stated_license(source: str | Path) -> str | None:

@@ -66,8 +66,8 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 def test_a_page_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_page, "PAGE", "web/not-there")
-    with pytest.raises(ValueError, match=r"--static: web/not-there is not built; run `make web`"):
-        find_page()
+    with pytest.raises(ValueError, match=r"--static: web/not-there has no index.html; run `make web`"):
+        find_page("static")
 
 
 def test_an_export_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,20 +45,24 @@ class PageHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def find_page() -> Path:
+def find_page(argument: str, folder: str | None = None) -> Path:
     """The built page.
 
+    Args:
+        argument: of the command, for the message.
+        folder: of the page; None: where a checkout builds it.
+
     Raises:
-        ValueError: when it is not built, telling how.
+        ValueError: when it is not there, telling how it is built.
     """
     try:
-        page = find(PAGE, "static")
+        page = find(folder or PAGE, argument)
     except ValueError:
-        page = Path(PAGE)
+        page = Path(folder or PAGE)
     if not (page / "index.html").is_file():
         raise ValueError(
-            f"--static: {PAGE} is not built; run `make web` in a checkout of diffusers-far "
-            "(it needs node 18 or newer, and npm; Debian: apt-get install nodejs npm)"
+            f"--{argument}: {page} has no index.html; run `make web` in a checkout of diffusers-far, which "
+            f"makes {PAGE} (it needs node 18 or newer, and npm; Debian: apt-get install nodejs npm)"
         )
     return page
 
