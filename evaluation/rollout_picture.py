@@ -1,15 +1,15 @@
 """A picture of a long rollout: real frames above the model's, at moments spread over it.
 
-    python evaluation/rollout_picture.py CHECKPOINT EPISODES --output docs/rollout.png
+    python evaluation/rollout_picture.py CHECKPOINT DATA --output docs/rollout.png
 
-EPISODES is a split of a videofolder with actions (such as data/samples/doom-maze-64/validation). Prints, for
-each fifth of the rollout, how sharp the model's frames are beside the real ones (mean absolute difference of
-neighbouring pixels) and their mean brightness.
+DATA is of any kind in docs/data.md, with the actions that the model takes: its held-out videos where it has
+some as a split, else all. Prints, for each fifth of the rollout, how sharp the model's frames are beside the
+real ones (mean absolute difference of neighbouring pixels) and their mean brightness.
 """
 
 import argparse
-import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout:
 
 from diffusers_far import ContextSchedule, FARVideoPipeline
 from diffusers_far.metrics import sharpness
-from diffusers_far.video_files import read_video
+from diffusers_far.training.options import FrameOptions
+from diffusers_far.training.sources import open_source
 
 
 def contact_sheet(groups: list[list[Tensor]], zoom: int = 2, gap: int = 2) -> Image.Image:
@@ -37,36 +38,37 @@ def contact_sheet(groups: list[list[Tensor]], zoom: int = 2, gap: int = 2) -> Im
     return Image.fromarray((sheet.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-def read_frames(path: Path) -> Tensor:
-    """`[T, 3, H, W]` in [0, 1]."""
-    return torch.from_numpy(read_video(path)).movedim(-1, 1).float() / 255
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="folder or repo id of a pipeline")
-    parser.add_argument("episodes", type=Path, help="split of a videofolder with actions")
+    parser.add_argument("data", help="folder or repo id of videos with actions")
     parser.add_argument("--output", type=Path, required=True, help="PNG")
     parser.add_argument("--context", type=int, default=32)
     parser.add_argument("--frames", type=int, default=200, help="frames to roll out")
     parser.add_argument("--columns", type=int, default=11)
-    parser.add_argument("--walks", type=int, help="first episodes that are shown; default: all")
+    parser.add_argument("--walks", type=int, help="first videos that are shown; default: all")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--refresh-interval", type=int, default=1, help="of ContextSchedule; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     pipeline = FARVideoPipeline.from_pretrained(arguments.checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    end = arguments.context + arguments.frames
+    size = FrameOptions(resolution="x".join(map(str, pipeline.default_size)))
+    splits = open_source(arguments.data).splits
     groups = []
-    for line in (arguments.episodes / "metadata.jsonl").read_text().splitlines()[: arguments.walks]:
-        episode = json.loads(line)
-        end = arguments.context + arguments.frames
-        video = read_frames(arguments.episodes / episode["file_name"])[:end]
+    for episode in islice(splits["validation" if "validation" in splits else "train"], arguments.walks):
+        numbers, pictures = zip(*islice(episode.frames(size), end), strict=True)
+        if len(pictures) < end:
+            parser.error(f"DATA {arguments.data}: {episode.name} has {len(pictures)} frames; it takes {end}")
+        video = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
+        actions = None if episode.actions is None else [episode.actions[number] for number in numbers]
         frames = pipeline(
             video=video[: arguments.context],
-            actions=episode["actions"][:end],
+            actions=actions,
             num_frames=end,
             num_inference_steps=arguments.steps,
             context_schedule=ContextSchedule(refresh_interval=arguments.refresh_interval or None),
@@ -78,7 +80,7 @@ def main() -> None:
             sharp, sharp_real = sharpness(made[part]), sharpness(real[part])
             light, light_real = made[part].mean().item(), real[part].mean().item()
             print(
-                f"{episode['file_name']} frames {part[0] + 1:3d} to {part[-1] + 1:3d}: sharpness {sharp:.4f} "
+                f"{episode.name} frames {part[0] + 1:3d} to {part[-1] + 1:3d}: sharpness {sharp:.4f} "
                 f"(real {sharp_real:.4f}), brightness {light:.3f} (real {light_real:.3f})"
             )
         shown = torch.linspace(0, arguments.frames - 1, arguments.columns).long()

@@ -1,5 +1,6 @@
 """training/options.py: recipe and command line, and values that are refused."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -122,6 +123,9 @@ def test_help_has_a_line_for_every_option(repository: Path, module: str) -> None
         if line.startswith("  --"):
             help_is_beside = len(line.split("  ")) > 2
             assert help_is_beside or lines[number + 1].startswith(" " * 20), line
+    about = importlib.import_module(f"diffusers_far.training.{module}").__doc__
+    assert about is not None and set(about.strip().splitlines()) <= set(lines)
+    assert "default: None" not in said.stdout
 
 
 def test_a_mistake_is_one_line(repository: Path, tmp_path: Path) -> None:

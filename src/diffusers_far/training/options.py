@@ -5,6 +5,7 @@ option is written with dashes or with underscores. `preset: NAME` makes the size
 defaults; what the recipe or the command line says of them wins.
 """
 
+import argparse
 import dataclasses
 import logging
 import math
@@ -343,6 +344,13 @@ def check_ranges(options: Any) -> None:
                     raise ValueError(f"{name}={value} must be {limits.takes}")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and tells defaults but for None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
@@ -361,7 +369,13 @@ def parse(
         positional: names of words that the command line takes besides; they come first in the result.
         program: its name in messages; by default that of the script.
     """
-    parser = _Parser(tuple(kinds), prog=program, description=description, allow_abbrev=False)
+    parser = _Parser(
+        tuple(kinds),
+        prog=program,
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     takes_preset = not {ModelOptions, AutoencoderOptions}.isdisjoint(kinds)
     if takes_preset:
         parser.add_argument(
