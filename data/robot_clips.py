@@ -3,7 +3,7 @@
     git clone https://github.com/YifanTian07/G1-policy-train
     python data/robot_clips.py G1-policy-train robot-clips
 
-A Unitree G1 picks up a bottle, filmed by its head camera: 100 episodes at 30 frames a second, 640 x 480, with
+A Unitree G1 picks up a can, filmed by its head camera: 100 episodes at 30 frames a second, 640 x 480, with
 26 joint targets a frame; MIT license, as the repository says. Every third frame is kept, shrunk to 128 x 96,
 and episodes are cut into clips of 32 frames without overlap. All clips of every seventh episode are for
 validation. What is too short, or has no video in the clone, is left out.
