@@ -1,9 +1,10 @@
 """Python processes that begin with imports done, as these take longer than most of what tests run.
 
 Each is a process of its own, with its folder, environment, output, exit code and signals. It is forked from
-one that has imported all that commands need, or PyTorch alone: for programs whose own imports are tested, or
-that import what reads the environment then, such as huggingface_hub. A `subprocess` is for what PyTorch reads
-itself, what begins from nothing, as a command does for a user, and what runs at the interpreter's exit.
+one that has imported all that commands need, or PyTorch and SciPy alone: for programs whose own imports are
+tested, or that import what reads the environment then, such as huggingface_hub. A `subprocess` is for what
+PyTorch reads itself, what begins from nothing, as a command does for a user, and what runs at the
+interpreter's exit.
 """
 
 import multiprocessing
@@ -30,7 +31,7 @@ _IMPORTED = {
         "diffusers_far.training.sources",
         "diffusers_far.training.validation_samples",
     ],
-    "torch": ["torch", "torch._dynamo"],
+    "torch": ["torch", "torch._dynamo", "scipy.stats"],
 }
 _SERVERS = {name: forkserver.ForkServer() for name in _IMPORTED}
 for _name, _modules in _IMPORTED.items():

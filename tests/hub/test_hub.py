@@ -42,7 +42,7 @@ def environment(hub: HubDouble, home: Path, **more: str) -> dict[str, str]:
 
 def python(hub: HubDouble, home: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run code as a user would who has only imported the package."""
-    command = ["-c", "from diffusers_far import *\n" + code]
+    command = ["-c", "from diffusers_far import FARTransformer3DModel, FARVideoPipeline\n" + code]
     return run_python(command, env=environment(hub, home, **more), imported="torch")
 
 
